@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import choose_backend
+from .backends import Backend, choose_backend
 
 
 def prompt_attention(
@@ -45,7 +45,8 @@ def prompt_attention(
         torch.Size([2, 4, 5, 8])
     """
     _check(q, k, v, prompt_k, prompt_v)
-    return choose_backend("prompt_attention", BACKENDS, backend)(q, k, v, prompt_k, prompt_v, scale=scale)
+    run = choose_backend("prompt_attention", BACKENDS, backend, q, k, v, prompt_k, prompt_v)
+    return run(q, k, v, prompt_k, prompt_v, scale=scale)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor) -> None:
@@ -86,4 +87,4 @@ def prompt_attention_torch(
     return F.scaled_dot_product_attention(q, keys, values, scale=scale)
 
 
-BACKENDS = {"torch": prompt_attention_torch}
+BACKENDS = {"torch": Backend(prompt_attention_torch)}

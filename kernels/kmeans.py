@@ -1,6 +1,8 @@
 """kmeans_step and kmeans_assign: one pass of Lloyd's algorithm over tokens (Eq. 9-10).
 
-Both work on one set of tokens ``[T, D]`` or on ``L`` independent ones ``[L, T, D]``.
+Both work on one set of tokens ``[T, D]`` or on ``L`` independent ones ``[L, T, D]``. They are registered with
+``torch.library`` as ``spt_fast::kmeans_step`` and ``spt_fast::kmeans_assign``, so that ``torch.compile`` takes them as
+they are.
 """
 
 from __future__ import annotations
@@ -10,10 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import choose_backend
+from . import kmeans_torch
+from .backends import Backend, choose_backend
 
-# Bytes of float32 tokens looked at together: several operations pass over a chunk, so it should stay in a core's cache.
-CHUNK_BYTES = 1 << 20
+# Best first; what cannot take the tokens at hand is passed over.
+STEP_BACKENDS = {
+    "torch": Backend(kmeans_torch.kmeans_step),
+}
+ASSIGN_BACKENDS = {
+    "torch": Backend(kmeans_torch.kmeans_assign),
+}
 
 
 class KMeansStep(NamedTuple):
@@ -51,7 +59,7 @@ def kmeans_step(x: Tensor, centroids: Tensor, *, backend: str | None = None) -> 
         ([1.0, 10.0], [2, 1], 2.0)
     """
     _check(x, centroids)
-    return choose_backend("kmeans_step", STEP_BACKENDS, backend)(x, centroids)
+    return KMeansStep(*_step_op(x, centroids, backend))
 
 
 def kmeans_assign(x: Tensor, centroids: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -74,7 +82,7 @@ def kmeans_assign(x: Tensor, centroids: Tensor, *, backend: str | None = None) -
         ([0, 1], [1.0, 4.0])
     """
     _check(x, centroids)
-    return choose_backend("kmeans_assign", ASSIGN_BACKENDS, backend)(x, centroids)
+    return _assign_op(x, centroids, backend)
 
 
 def _check(x: Tensor, centroids: Tensor) -> None:
@@ -95,65 +103,26 @@ def _check(x: Tensor, centroids: Tensor) -> None:
         raise ValueError(f"centroids are on {centroids.device} and x on {x.device}")
 
 
-def kmeans_step_torch(x: Tensor, centroids: Tensor) -> KMeansStep:
-    """The definition: nearest centroid, then a one-hot product; sums of chunks are added in float64."""
-    if x.ndim == 3:
-        layers = [kmeans_step_torch(tokens, own) for tokens, own in zip(x, centroids, strict=True)]
-        return KMeansStep(*(torch.stack(parts) for parts in zip(*layers, strict=True)))
-    k = centroids.shape[0]
-    sums = x.new_zeros(centroids.shape, dtype=torch.float64)
-    counts = x.new_zeros(k, dtype=torch.int64)
-    inertia = x.new_zeros((), dtype=torch.float64)
-    clusters = torch.arange(k, device=x.device)
-    offset = _common_offset(x, centroids)
-    for tokens in x.split(_chunk_rows(x)):
-        tokens = tokens.float()
-        labels, sq_distances = _nearest(tokens, centroids, offset)
-        one_hot = (labels[:, None] == clusters).float()
-        sums += one_hot.T @ tokens
-        counts += torch.bincount(labels, minlength=k)
-        inertia += sq_distances.sum(dtype=torch.float64)
-    return KMeansStep(sums.float(), counts, inertia)
+# The backend is chosen inside the op: a compiled program asks the environment each time it runs, not once when traced.
+@torch.library.custom_op("spt_fast::kmeans_step", mutates_args=())
+def _step_op(x: Tensor, centroids: Tensor, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
+    return choose_backend("kmeans_step", STEP_BACKENDS, backend, x, centroids)(x, centroids)
 
 
-def kmeans_assign_torch(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition of the assignment, chunk by chunk."""
-    if x.ndim == 3:
-        layers = [kmeans_assign_torch(tokens, own) for tokens, own in zip(x, centroids, strict=True)]
-        return torch.stack([labels for labels, _ in layers]), torch.stack(
-            [distances for _, distances in layers]
-        )
-    labels = x.new_empty(x.shape[0], dtype=torch.int64)
-    sq_distances = x.new_empty(x.shape[0], dtype=torch.float32)
-    rows = _chunk_rows(x)
-    offset = _common_offset(x, centroids)
-    for start in range(0, x.shape[0], rows):
-        chunk = slice(start, start + rows)
-        labels[chunk], sq_distances[chunk] = _nearest(x[chunk].float(), centroids, offset)
-    return labels, sq_distances
+@_step_op.register_fake
+def _(x: Tensor, centroids: Tensor, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(centroids, memory_format=torch.contiguous_format),
+        centroids.new_empty(centroids.shape[:-1], dtype=torch.int64),
+        centroids.new_empty(centroids.shape[:-2], dtype=torch.float64),
+    )
 
 
-def _chunk_rows(x: Tensor) -> int:
-    # A GPU wants as many rows as fit; its limit is memory, not cache.
-    budget = CHUNK_BYTES if x.device.type == "cpu" else 256 * CHUNK_BYTES
-    return max(64, budget // (4 * x.shape[1]))
+@torch.library.custom_op("spt_fast::kmeans_assign", mutates_args=())
+def _assign_op(x: Tensor, centroids: Tensor, backend: str | None) -> tuple[Tensor, Tensor]:
+    return choose_backend("kmeans_assign", ASSIGN_BACKENDS, backend, x, centroids)(x, centroids)
 
 
-def _common_offset(x: Tensor, centroids: Tensor) -> Tensor:
-    # The median of a few tokens, feature by feature: no stray centroid moves it, and as it is made of entries of x,
-    # whole numbers stay whole and exact ties exact. (sort, because torch.median is not deterministic on a GPU.)
-    few = x[:: len(x) // 16 + 1].float() if len(x) else centroids
-    return few.sort(dim=0).values[len(few) // 2]
-
-
-def _nearest(tokens: Tensor, centroids: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    # Only x . c tells centroids apart, and its rounding error grows with the common offset of tokens and centroids;
-    # the difference to the chosen centroid is then formed directly, free of cancellation.
-    shifted = centroids - offset
-    scores = torch.addmm(shifted.square().sum(dim=1), tokens - offset, shifted.T, alpha=-2)
-    labels = scores.argmin(dim=1)
-    return labels, centroids.index_select(0, labels).sub_(tokens).square_().sum(dim=1)
-
-
-STEP_BACKENDS = {"torch": kmeans_step_torch}
-ASSIGN_BACKENDS = {"torch": kmeans_assign_torch}
+@_assign_op.register_fake
+def _(x: Tensor, centroids: Tensor, backend: str | None) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[:-1], dtype=torch.int64), x.new_empty(x.shape[:-1], dtype=torch.float32)
