@@ -1,4 +1,4 @@
-"""The definition of kmeans_step and kmeans_assign in plain torch: short, on any device, what the others are judged by."""
+"""The definition of kmeans_step and kmeans_assign in plain torch: short, on any device, the judge of the others."""
 
 from __future__ import annotations
 
