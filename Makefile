@@ -6,7 +6,7 @@ RUNS   ?= runs
 
 IN_VENV := $(VENV)/bin/python -m
 # The files that say what to install: when one of them changes, the installation is brought up to date.
-PACKAGING := setup.py pyproject.toml spt_fast/_version.py
+PACKAGING := setup.py pyproject.toml spt_fast/_version.py CMakeLists.txt $(wildcard kernels/cpu/* kernels/cuda/*)
 
 # A stamp is written after its step succeeded, so that a step that was interrupted is done again.
 VENV_READY := $(VENV)/.venv-ready
@@ -40,7 +40,7 @@ format: $(DEV_READY)  ## put the code into the project's format
 	$(IN_VENV) ruff format .
 
 clean:  ## remove .venv, caches and build leftovers (runs/ stays)
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist kernels/_native *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV_READY):
