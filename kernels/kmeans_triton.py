@@ -1,0 +1,309 @@
+"""kmeans_step and kmeans_assign in Triton: scores and sums as products on tensor cores, all layers in one launch.
+
+A step whose sums fit in registers is one launch: a program takes tiles of tokens in turn, labels a tile while reading
+it from memory, adds it to its sums while it is still in the cache, and writes them once at the end. Otherwise it is
+two: every label, then the sums slice by slice. (The second reading then comes from memory. With that many clusters
+products take the time; chunks of tokens that stay in the cache would cost more in launches than they save.)
+No atomics, and programs' sums are added in a fixed order: results repeat bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .kmeans_torch import common_offset
+
+# Tensor cores cut sums off instead of rounding them: over more tiles a program's would lose float32's last digits.
+MOST_TILES = 64
+
+
+class Config(NamedTuple):
+    """How a kernel is cut into pieces.
+
+    Attributes:
+        tile: tokens looked at together.
+        clusters: clusters looked at together, a power of two.
+        piece: features multiplied together.
+        stages: pieces of tokens and centroids under way from memory at a time, the one in use included.
+        warps: warps of a program.
+    """
+
+    tile: int
+    clusters: int
+    piece: int
+    stages: int
+    warps: int
+
+
+def why_not(x: Tensor, centroids: Tensor) -> str | None:
+    """Why the Triton kernels cannot take these tensors, or ``None``."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if x.device.type == "cuda":
+        if torch.cuda.get_device_capability(x.device) < (8, 0):
+            return "Triton's tensor-core products need compute capability 8.0"
+        return None
+    # The kernels are interpreted if the variable was set when they were first needed.
+    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and _interpreted():
+        return None
+    return f"tokens are on {x.device.type} and Triton's interpreter is off (TRITON_INTERPRET=1)"
+
+
+def kmeans_step(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums, counts and inertia, in one launch or two (see the top of the module)."""
+    if x.ndim == 2:
+        sums, counts, inertia = kmeans_step(x[None], centroids[None])
+        return sums[0], counts[0], inertia[0]
+    layers, num_tokens, width = x.shape
+    k = centroids.shape[1]
+    if layers == 0:
+        return (
+            centroids.clone(),
+            centroids.new_empty(0, k, dtype=torch.int64),
+            x.new_empty(0, dtype=torch.float64),
+        )
+    config = step_config(width, k, x.dtype, wide_reads(x) > 1, capability(x))
+    if config is None:
+        labels, sq_distances = kmeans_assign(x, centroids)
+        sums, counts = _sums_by_label(x, labels, k)
+        return sums, counts, sq_distances.sum(dim=1, dtype=torch.float64)
+    slots = slots_per_layer(layers, -(-num_tokens // config.tile), processors(x), MOST_TILES)
+    partial_sums = x.new_empty(layers, slots, k, width, dtype=torch.float32)
+    partial_counts = x.new_empty(layers, slots, k, dtype=torch.int32)
+    partial_inertia = x.new_empty(layers, slots, dtype=torch.float64)
+    _launch(
+        "step_kernel",
+        layers * slots,
+        config,
+        x,
+        *split_centroids(x, centroids, config.piece),
+        partial_sums,
+        partial_counts,
+        partial_inertia,
+        num_tokens,
+        k,
+        slots,
+    )
+    return (
+        partial_sums.sum(dim=1, dtype=torch.float64).float(),
+        partial_counts.sum(dim=1),
+        partial_inertia.sum(dim=1),
+    )
+
+
+def kmeans_assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels and squared distances, a tile of tokens for each program."""
+    if x.ndim == 2:
+        labels, sq_distances = kmeans_assign(x[None], centroids[None])
+        return labels[0], sq_distances[0]
+    layers, num_tokens, width = x.shape
+    k = centroids.shape[1]
+    labels = x.new_empty(layers, num_tokens, dtype=torch.int64)
+    sq_distances = x.new_empty(layers, num_tokens, dtype=torch.float32)
+    if layers and num_tokens:
+        config = assign_config(width, k, x.dtype, wide_reads(x) > 1)
+        tiles = -(-num_tokens // config.tile)
+        _launch(
+            "assign_kernel",
+            layers * tiles,
+            config,
+            x,
+            *split_centroids(x, centroids, config.piece),
+            labels,
+            sq_distances,
+            num_tokens,
+            k,
+            tiles,
+        )
+    return labels, sq_distances
+
+
+def _sums_by_label(x: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    layers, num_tokens, width = x.shape
+    config = accumulate_config(width, k, x.dtype, wide_reads(x) > 1)
+    slices = -(-width // config.piece) * -(-k // config.clusters)
+    tiles = -(-num_tokens // config.tile)
+    slots = slots_per_layer(layers * slices, tiles, 2 * processors(x), most_tiles=tiles)
+    partial_sums = x.new_empty(layers, slots, k, width, dtype=torch.float32)
+    partial_counts = x.new_empty(layers, slots, k, dtype=torch.int32)
+    _launch(
+        "accumulate_kernel",
+        layers * slots * slices,
+        config,
+        x,
+        labels,
+        partial_sums,
+        partial_counts,
+        num_tokens,
+        k,
+        slots,
+    )
+    return partial_sums.sum(dim=1, dtype=torch.float64).float(), partial_counts.sum(dim=1)
+
+
+# The shapes below are those that compile for compute capability 8.0, 9.0 and 10.0 without spilling registers, found by
+# compiling. They were not yet timed against each other: a measurement on a GPU belongs here, as one more rule.
+
+
+def step_config(
+    width: int, k: int, dtype: torch.dtype, wide: bool, capability: tuple[int, int]
+) -> Config | None:
+    """Shape of the one-launch step, or ``None`` where its sums do not fit in registers.
+
+    The sums take ``clusters x width`` float32 of a program's 64 K registers; what is left decides how many tokens go
+    together. Without wide reads, pointers take what would be left.
+    """
+    if not wide:
+        return None
+    clusters = max(16, _power_of_two(k))
+    sums = clusters * width
+    if dtype == torch.float32:
+        return Config(16, clusters, 32, 3, 8) if clusters <= 32 and sums <= 32 * 192 else None
+    if capability < (9, 0):  # products read their operands from registers, not from shared memory
+        return Config(32, clusters, 64, 3, 8) if clusters <= 64 and sums <= 32 * 512 else None
+    if clusters <= 32 and sums <= 32 * 1024:
+        return Config(64, clusters, 64, 2 if sums > 32 * 768 else 3, 8)
+    if (clusters <= 32 and sums <= 32 * 1280) or (clusters == 64 and sums <= 64 * 384):
+        return Config(32, clusters, 64, 3, 8)
+    return None
+
+
+def assign_config(width: int, k: int, dtype: torch.dtype, wide: bool) -> Config:
+    """Shape of the assignment: clusters of one block share a reading of the tokens."""
+    most, widest, tile = (32, 32, 32) if dtype == torch.float32 else (64, 64 if wide else 32, 64)
+    return Config(
+        tile, min(most, max(16, _power_of_two(k))), min(widest, max(16, _power_of_two(width))), 3, 8
+    )
+
+
+def accumulate_config(width: int, k: int, dtype: torch.dtype, wide: bool) -> Config:
+    """Shape of the sums by label; ``piece`` is the slice of the features that a program sums."""
+    most, widest, tile = (
+        (64, 64, 16) if dtype == torch.float32 else (128, 128 if wide else 64, 64 if wide else 32)
+    )
+    return Config(
+        tile, min(most, max(16, _power_of_two(k))), min(widest, max(16, _power_of_two(width))), 3, 8
+    )
+
+
+def constants(kernel: str, config: Config, x: Tensor) -> dict[str, Any]:
+    """The compile-time arguments of a kernel."""
+    half = x.dtype != torch.float32
+    chosen: dict[str, Any] = {
+        "WIDTH": x.shape[2],
+        "CLUSTERS": config.clusters,
+        "TILE": config.tile,
+        "UNIT": wide_reads(x),
+        "STAGES": config.stages,
+        # Three tf32 products would do for float32 tokens, but their operands do not fit in registers, and
+        # Triton 3.6 compiles them to nothing for compute capability 10.0.
+        "PRECISION": "ieee",
+        "INTERPRETED": _interpreted(),
+    }
+    if kernel == "accumulate_kernel":
+        return chosen | {"SUM_PIECE": config.piece}
+    chosen |= {"TERMS": 2 if half else 1, "PIECE": config.piece}
+    return chosen | {"SUM_PIECE": 2 * config.piece} if kernel == "step_kernel" else chosen
+
+
+def options(config: Config) -> dict[str, int]:
+    """How a kernel is to be compiled."""
+    # Without a limit the assembler may spill a few registers to fit more programs on a multiprocessor.
+    return {"num_warps": config.warps, "num_stages": config.stages, "maxnreg": 255}
+
+
+def wide_reads(x: Tensor) -> int:
+    """How many entries can be read at once, 16 bytes, wherever a row of ``x`` [L, T, D] starts; 1 if it is no more."""
+    unit = 16 // x.element_size()
+    strides = [stride for stride, size in zip(x.stride()[:2], x.shape[:2], strict=True) if size > 1]
+    wide = x.stride(2) == 1 and x.data_ptr() % 16 == 0 and all(stride % unit == 0 for stride in strides)
+    return unit if wide else 1
+
+
+def slots_per_layer(layers: int, tiles: int, processors: int, most_tiles: int) -> int:
+    """Programs among which a layer's tiles are dealt: whole waves of programs over the GPU, as few as ``most_tiles``
+    tiles for a program allow."""
+    waves = -(-layers * tiles // (processors * max(1, most_tiles))) or 1
+    return max(1, min(tiles, waves * processors // layers))
+
+
+def split_centroids(
+    x: Tensor, centroids: Tensor, piece: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the kernels score with: terms ``[L, K * terms, padded D]`` in the dtype of ``x``, constants and factors
+    ``[L, K]``, offset ``[L, padded D]``, and the centroids ``[L, K, D]`` themselves.
+
+    With ``c`` a centroid measured from the offset, its score is ``|c|^2 - 2 (x - offset) . c``. Half-precision tokens
+    are multiplied as they are, so the offset's share goes into the constant. ``c`` is then what its two terms say:
+    scores are distances to that point, and their error in a cluster's inertia is of second order.
+    """
+    offset = common_offset(x, centroids)
+    shifted = centroids.double() - offset[:, None].double()
+    if x.dtype == torch.float32:
+        split = shifted.float()[:, :, None]
+        points = split[:, :, 0].double()
+        constant = points.square().sum(dim=2)
+        factor = torch.full_like(constant, -2)
+    else:
+        # A power of two brings each centroid into float16's range.
+        exponent = torch.frexp(shifted.abs().amax(dim=2, keepdim=True)).exponent
+        scaled = torch.ldexp(shifted, -exponent)
+        high = scaled.to(x.dtype)
+        low = (scaled - high.double()).to(x.dtype)
+        split = torch.stack([high, low], dim=2)
+        points = torch.ldexp(high.double() + low.double(), exponent)
+        constant = (points * (points + 2 * offset[:, None].double())).sum(dim=2)
+        factor = torch.ldexp(torch.full_like(constant, -2), exponent[:, :, 0])
+    padding = (0, -x.shape[2] % piece)
+    return (
+        F.pad(split.flatten(1, 2), padding).contiguous(),
+        constant.float().contiguous(),
+        factor.float().contiguous(),
+        F.pad(offset, padding).contiguous(),
+        centroids.contiguous(),
+    )
+
+
+def capability(x: Tensor) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
+
+
+def processors(x: Tensor) -> int:
+    """Programs that run at a time."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+
+
+def _launch(kernel: str, programs: int, config: Config, x: Tensor, *arguments: Tensor | int) -> None:
+    from . import kmeans_triton_kernels as kernels
+
+    unit = wide_reads(x)
+    layer_stride = x.stride(0) if len(x) > 1 else 0
+    token_stride = x.stride(1) if x.shape[1] > 1 else 0
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        getattr(kernels, kernel)[(programs,)](
+            x,
+            layer_stride // unit,
+            token_stride // unit,
+            x.stride(2),
+            *arguments,
+            **constants(kernel, config, x),
+            **options(config),
+        )
+
+
+def _interpreted() -> bool:
+    # Imported here, so that a machine without Triton can import this module.
+    from .kmeans_triton_kernels import step_kernel
+
+    return type(step_kernel).__name__ == "InterpretedFunction"
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,335 @@
+"""The Triton kernels of the k-means ops. Letters as in the ops' contract: x [L, T, D], K clusters, any strides of x.
+
+Strides of layers and tokens come divided by ``UNIT``, so that the compiler sees where 16 bytes can be read at once.
+
+A *piece* is a slice of the features, a *tile* a group of tokens. Scores are distances less what all clusters share:
+``|c|^2 - 2 (x - offset) . c`` with ``c`` measured from ``offset``. For half-precision tokens ``c`` comes as two terms
+of that precision, ``terms[k] = (high, low)``, whose products with the raw tokens are exact before they are added.
+"""
+
+# mypy: disable-error-code="assignment"
+# (Triton's compiler unrolls tuples that grow in a loop; they have no type of their own.)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _read(rows, feature, stride_feature, inside, WIDTH: tl.constexpr, PIECE: tl.constexpr):
+    """The piece ``feature`` [PIECE] of the tokens that start at ``rows`` [TILE, 1]; zero outside."""
+    mask = inside[:, None] if WIDTH % PIECE == 0 else inside[:, None] & (feature < WIDTH)[None, :]
+    return tl.load(rows + feature.to(tl.int64)[None, :] * stride_feature, mask=mask, other=0.0)
+
+
+@triton.jit
+def _dot(a, b, sum, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+    """``sum + a @ b``; Triton's interpreter cannot multiply bfloat16."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sum, input_precision="ieee")
+    else:
+        return tl.dot(a, b, sum, input_precision=PRECISION)
+
+
+@triton.jit
+def _nearest(
+    rows,
+    stride_feature,
+    inside,
+    terms,
+    constants,
+    factors,
+    offset,
+    K,
+    first,
+    WIDTH: tl.constexpr,
+    CLUSTERS: tl.constexpr,
+    TERMS: tl.constexpr,
+    TILE: tl.constexpr,
+    PIECE: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Among the clusters ``first`` .. ``first + CLUSTERS``: lowest score [TILE], its index [TILE], and |x - offset|^2.
+
+    ``rows`` [TILE, 1] pointers and ``inside`` [TILE] are the tokens; ``terms`` [K * TERMS, padded D], ``constants``,
+    ``factors`` [K] and ``offset`` [padded D] are this layer's.
+    """
+    PADDED: tl.constexpr = (WIDTH + PIECE - 1) // PIECE * PIECE
+    ROWS: tl.constexpr = CLUSTERS * TERMS
+    term = tl.arange(0, ROWS)
+    term_rows = terms + (first * TERMS + term).to(tl.int64)[None, :] * PADDED
+    term_exists = (term < (K - first) * TERMS)[None, :]
+    products = tl.zeros([TILE, ROWS], tl.float32)
+    sq_norm = tl.zeros([TILE], tl.float32)
+    for start in tl.range(0, WIDTH, PIECE, num_stages=STAGES):
+        feature = start + tl.arange(0, PIECE)
+        tokens = _read(rows, feature, stride_feature, inside, WIDTH, PIECE)
+        centers = tl.load(term_rows + feature[:, None], mask=term_exists, other=0.0)
+        shifted = tokens.to(tl.float32) - tl.load(offset + feature)[None, :]
+        sq_norm += tl.sum(shifted * shifted, 1)
+        # Half-precision tokens stay as they are, or the shift would round them.
+        left = shifted if TERMS == 1 else tokens
+        products = _dot(left, centers, products, PRECISION, INTERPRETED)
+    # The terms of a cluster are neighbours, so that this sum stays inside a thread.
+    product = tl.sum(tl.reshape(products, [TILE, CLUSTERS, TERMS]), 2)
+    cluster = first + tl.arange(0, CLUSTERS)
+    constant = tl.load(constants + cluster, mask=cluster < K, other=float("inf"))
+    factor = tl.load(factors + cluster, mask=cluster < K, other=0.0)
+    score = constant[None, :] + factor[None, :] * product
+    # What is not a number is nearest to nothing: index 0 then, never a cluster that is only padding.
+    score = tl.where(score < float("inf"), score, float("inf"))
+    best, index = tl.min(score, 1, return_indices=True)
+    return best, first + index, sq_norm
+
+
+@triton.jit
+def _sq_distance(
+    rows,
+    stride_feature,
+    inside,
+    centroids,
+    label,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """|x - centroids[label]|^2 [TILE], formed directly; zero outside."""
+    sq_distance = tl.zeros([TILE], tl.float32)
+    own = centroids + label.to(tl.int64)[:, None] * WIDTH
+    for start in tl.range(0, WIDTH, PIECE, num_stages=1):
+        feature = start + tl.arange(0, PIECE)
+        tokens = _read(rows, feature, stride_feature, inside, WIDTH, PIECE)
+        difference = tokens.to(tl.float32) - _read(own, feature, 1, inside, WIDTH, PIECE)
+        sq_distance += tl.sum(difference * difference, 1)
+    return sq_distance
+
+
+@triton.jit
+def step_kernel(
+    x,  # [L, T, D]
+    layer_units,
+    token_units,
+    stride_feature,
+    terms,  # [L, K * TERMS, padded D], the dtype of x
+    constants,  # [L, K]
+    factors,  # [L, K]
+    offset,  # [L, padded D]
+    centroids,  # [L, K, D]
+    partial_sums,  # [L, slots, K, D], written
+    partial_counts,  # int32 [L, slots, K], written
+    partial_inertia,  # float64 [L, slots], written
+    T,
+    K,
+    slots,
+    WIDTH: tl.constexpr,
+    CLUSTERS: tl.constexpr,
+    TERMS: tl.constexpr,
+    TILE: tl.constexpr,
+    PIECE: tl.constexpr,
+    SUM_PIECE: tl.constexpr,
+    UNIT: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Program ``layer * slots + slot`` takes the tiles ``slot``, ``slot + slots``, ... of its layer; K <= CLUSTERS."""
+    program = tl.program_id(0).to(tl.int64)
+    layer = program // slots
+    slot = program % slots
+    PADDED: tl.constexpr = (WIDTH + PIECE - 1) // PIECE * PIECE
+    SUM_PIECES: tl.constexpr = (WIDTH + SUM_PIECE - 1) // SUM_PIECE
+    x += layer * layer_units * UNIT
+    terms += layer * K * (TERMS * PADDED)
+    constants += layer * K
+    factors += layer * K
+    offset += layer * PADDED
+    centroids += layer * K * WIDTH
+    clusters = tl.arange(0, CLUSTERS)
+
+    sums = ()
+    for _ in tl.static_range(SUM_PIECES):
+        sums = sums + (tl.zeros([SUM_PIECE, CLUSTERS], tl.float32),)
+    counts = tl.zeros([CLUSTERS], tl.int32)
+    inertia = tl.zeros([1], tl.float64)
+    for tile in tl.range(slot, tl.cdiv(T, TILE), slots, num_stages=1):
+        token = tile * TILE + tl.arange(0, TILE).to(tl.int64)
+        inside = token < T
+        rows = x + token[:, None] * token_units * UNIT
+        score, label, sq_norm = _nearest(
+            rows,
+            stride_feature,
+            inside,
+            terms,
+            constants,
+            factors,
+            offset,
+            K,
+            0,
+            WIDTH,
+            CLUSTERS,
+            TERMS,
+            TILE,
+            PIECE,
+            STAGES,
+            PRECISION,
+            INTERPRETED,
+        )
+        spread = tl.sum(tl.where(inside, sq_norm, 0.0))
+        tile_inertia = spread + tl.sum(tl.where(inside, score, 0.0))
+        if 32 * tile_inertia < spread:  # the two cancel: what is left would mostly be their rounding
+            tile_inertia = tl.sum(
+                _sq_distance(rows, stride_feature, inside, centroids, label, WIDTH, TILE, PIECE)
+            )
+        inertia += tile_inertia.to(tl.float64)
+
+        chosen = (clusters[None, :] == label[:, None]) & inside[:, None]
+        counts += tl.sum(chosen.to(tl.int32), 0)
+        one_hot = tl.where(chosen, 1.0, 0.0).to(x.dtype.element_ty)
+        added = ()
+        for piece in tl.static_range(SUM_PIECES):
+            feature = piece * SUM_PIECE + tl.arange(0, SUM_PIECE)
+            tokens = _read(rows, feature, stride_feature, inside, WIDTH, SUM_PIECE)
+            added = added + (_dot(tl.trans(tokens), one_hot, sums[piece], PRECISION, INTERPRETED),)
+        sums = added
+
+    exists = clusters < K
+    for piece in tl.static_range(SUM_PIECES):
+        feature = piece * SUM_PIECE + tl.arange(0, SUM_PIECE)
+        own = partial_sums + (program * K + clusters)[None, :] * WIDTH + feature[:, None]
+        tl.store(own, sums[piece], mask=exists[None, :] & (feature < WIDTH)[:, None])
+    tl.store(partial_counts + program * K + clusters, counts, mask=exists)
+    tl.store(partial_inertia + program + tl.arange(0, 1), inertia)
+
+
+@triton.jit
+def assign_kernel(
+    x,  # [L, T, D]
+    layer_units,
+    token_units,
+    stride_feature,
+    terms,  # [L, K * TERMS, padded D], the dtype of x
+    constants,  # [L, K]
+    factors,  # [L, K]
+    offset,  # [L, padded D]
+    centroids,  # [L, K, D]
+    labels,  # int64 [L, T], written
+    sq_distances,  # [L, T], written
+    T,
+    K,
+    tiles,  # of one layer
+    WIDTH: tl.constexpr,
+    CLUSTERS: tl.constexpr,
+    TERMS: tl.constexpr,
+    TILE: tl.constexpr,
+    PIECE: tl.constexpr,
+    UNIT: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Program ``layer * tiles + tile`` labels one tile, ``CLUSTERS`` clusters at a time."""
+    program = tl.program_id(0).to(tl.int64)
+    layer = program // tiles
+    PADDED: tl.constexpr = (WIDTH + PIECE - 1) // PIECE * PIECE
+    x += layer * layer_units * UNIT
+    terms += layer * K * (TERMS * PADDED)
+    constants += layer * K
+    factors += layer * K
+    offset += layer * PADDED
+    centroids += layer * K * WIDTH
+    token = program % tiles * TILE + tl.arange(0, TILE)
+    inside = token < T
+    rows = x + token[:, None] * token_units * UNIT
+
+    best = tl.full([TILE], float("inf"), tl.float32)
+    label = tl.zeros([TILE], tl.int32)
+    for first in tl.range(0, K, CLUSTERS, num_stages=1):
+        score, index, _ = _nearest(
+            rows,
+            stride_feature,
+            inside,
+            terms,
+            constants,
+            factors,
+            offset,
+            K,
+            first,
+            WIDTH,
+            CLUSTERS,
+            TERMS,
+            TILE,
+            PIECE,
+            STAGES,
+            PRECISION,
+            INTERPRETED,
+        )
+        nearer = score < best  # strictly: ties stay with the lower index
+        label = tl.where(nearer, index, label)
+        best = tl.where(nearer, score, best)
+    sq_distance = _sq_distance(rows, stride_feature, inside, centroids, label, WIDTH, TILE, PIECE)
+    tl.store(labels + layer * T + token, label.to(tl.int64), mask=inside)
+    tl.store(sq_distances + layer * T + token, sq_distance, mask=inside)
+
+
+@triton.jit
+def accumulate_kernel(
+    x,  # [L, T, D]
+    layer_units,
+    token_units,
+    stride_feature,
+    labels,  # int64 [L, T]
+    partial_sums,  # [L, slots, K, D], written
+    partial_counts,  # int32 [L, slots, K], written
+    T,
+    K,
+    slots,
+    WIDTH: tl.constexpr,
+    CLUSTERS: tl.constexpr,
+    TILE: tl.constexpr,
+    SUM_PIECE: tl.constexpr,
+    UNIT: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Program ``((layer * slots + slot) * blocks + block) * pieces + piece`` sums one piece of one block of clusters.
+
+    Pieces and blocks of the same tokens are neighbours in the grid: they run together and share the cache.
+    """
+    PIECES: tl.constexpr = (WIDTH + SUM_PIECE - 1) // SUM_PIECE
+    program = tl.program_id(0).to(tl.int64)
+    feature = (program % PIECES).to(tl.int32) * SUM_PIECE + tl.arange(0, SUM_PIECE)
+    program = program // PIECES
+    blocks = tl.cdiv(K, CLUSTERS)
+    clusters = (program % blocks).to(tl.int32) * CLUSTERS + tl.arange(0, CLUSTERS)
+    program = program // blocks
+    layer = program // slots
+    slot = program % slots
+    x += layer * layer_units * UNIT
+    labels += layer * T
+
+    sums = tl.zeros([SUM_PIECE, CLUSTERS], tl.float32)
+    counts = tl.zeros([CLUSTERS], tl.int32)
+    for tile in tl.range(slot, tl.cdiv(T, TILE), slots, num_stages=STAGES):
+        token = tile * TILE + tl.arange(0, TILE).to(tl.int64)
+        inside = token < T
+        tokens = _read(
+            x + token[:, None] * token_units * UNIT, feature, stride_feature, inside, WIDTH, SUM_PIECE
+        )
+        label = tl.load(labels + token, mask=inside, other=-1).to(tl.int32)
+        chosen = clusters[None, :] == label[:, None]
+        counts += tl.sum(chosen.to(tl.int32), 0)
+        # Tensor cores cut off what a float32 sum cannot hold instead of rounding it, and over many tiles that adds up:
+        # they only sum a tile. (Written as a difference, or the compiler would move the sum into the product.)
+        minus_one_hot = tl.where(chosen, -1.0, 0.0).to(x.dtype.element_ty)
+        none = tl.zeros([SUM_PIECE, CLUSTERS], tl.float32)
+        sums -= _dot(tl.trans(tokens), minus_one_hot, none, PRECISION, INTERPRETED)
+
+    exists = clusters < K
+    own = partial_sums + (program * K + clusters)[None, :] * WIDTH + feature[:, None]
+    tl.store(own, sums, mask=exists[None, :] & (feature < WIDTH)[:, None])
+    # Every piece has counted the same; each writing it costs less than a branch would.
+    tl.store(partial_counts + program * K + clusters, counts, mask=exists)

@@ -1,0 +1,63 @@
+"""Every shape of kernel that the Triton launcher can choose compiles for the GPUs it may meet, and fits on them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton_compile import kmeans_resources
+
+pytest.importorskip("triton")
+
+from spt_fast.kernels import kmeans_triton
+
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+HALF, FLOAT = torch.bfloat16, torch.float32
+
+# The largest sums of each shape that step_config chooses, and the widths that people have.
+STEPS = {
+    80: [(HALF, 16, 1024), (HALF, 32, 512), (HALF, 50, 256), (FLOAT, 20, 192), (FLOAT, 16, 384)],
+    90: [
+        (torch.float16, 20, 768),
+        (HALF, 20, 768),
+        (HALF, 5, 1536),
+        (HALF, 32, 1024),
+        (HALF, 20, 1280),
+        (HALF, 50, 384),
+        (FLOAT, 20, 192),
+        (FLOAT, 16, 384),
+    ],
+}
+STEPS[100] = STEPS[90]
+
+
+def tokens(dtype: torch.dtype, width: int, wide: bool) -> torch.Tensor:
+    """A tensor without data: rows that can be read 16 bytes at a time, or entries far from each other."""
+    if wide:
+        return torch.empty(3, 1000, width, dtype=dtype, device="meta")
+    return torch.empty(3, width, 1001, dtype=dtype, device="meta").transpose(1, 2)
+
+
+def check(kernel: str, config: kmeans_triton.Config, x: torch.Tensor, architecture: int) -> None:
+    took = kmeans_resources(kernel, config, x, architecture)
+    assert took.stack == 0, f"{took} spills registers"
+    assert took.registers > 32, f"{took}: the compiler has dropped the kernel's work"
+    assert took.shared <= SHARED_MEMORY[architecture], took
+
+
+@pytest.mark.parametrize(
+    "architecture, dtype, k, width", [(at, *case) for at, cases in STEPS.items() for case in cases]
+)
+def test_step(architecture: int, dtype: torch.dtype, k: int, width: int) -> None:
+    x = tokens(dtype, width, wide=True)
+    config = kmeans_triton.step_config(width, k, dtype, True, divmod(architecture, 10))
+    assert config is not None
+    check("step_kernel", config, x, architecture)
+
+
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+@pytest.mark.parametrize("dtype", [HALF, FLOAT])
+@pytest.mark.parametrize("wide, width", [(True, 768), (False, 200), (False, 7)])
+def test_assign_and_accumulate(architecture: int, dtype: torch.dtype, wide: bool, width: int) -> None:
+    x = tokens(dtype, width, wide)
+    check("assign_kernel", kmeans_triton.assign_config(width, 300, dtype, wide), x, architecture)
+    check("accumulate_kernel", kmeans_triton.accumulate_config(width, 300, dtype, wide), x, architecture)
