@@ -12,14 +12,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import kmeans_torch
+from . import kmeans_cpu, kmeans_torch, kmeans_triton
 from .backends import Backend, choose_backend
 
 # Best first; what cannot take the tokens at hand is passed over.
 STEP_BACKENDS = {
+    "cpu": Backend(kmeans_cpu.kmeans_step, kmeans_cpu.why_not),
+    "triton": Backend(kmeans_triton.kmeans_step, kmeans_triton.why_not),
     "torch": Backend(kmeans_torch.kmeans_step),
 }
 ASSIGN_BACKENDS = {
+    "cpu": Backend(kmeans_cpu.kmeans_assign, kmeans_cpu.why_not),
+    "triton": Backend(kmeans_triton.kmeans_assign, kmeans_triton.why_not),
     "torch": Backend(kmeans_torch.kmeans_assign),
 }
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Sized
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,13 +13,17 @@ from torch import Tensor
 
 from spt_fast._version import __version__
 from spt_fast.backbones import backbone_identity, check_backbone, source_of
-from spt_fast.clustering import KMeans, MiniBatchKMeans, seeded_generator
+from spt_fast.chosen_images import ChosenImages
+from spt_fast.clustering import Clustering, seeded_generator
+from spt_fast.distributed import world
 from spt_fast.errors import InputError
 from spt_fast.progress import Progress
+from spt_fast.prototype_clustering import Plan, cluster_exactly, cluster_in_one_pass
 from spt_fast.prototypes import Prototypes
 from spt_fast.prototypes_checkpoint import Checkpoint
 from spt_fast.sampling import max_pool, mean_pool, random_sample, uniform
-from spt_fast.tokens import Capture, image_batches, layer_tokens, stream_layer_tokens
+from spt_fast.token_store import Budget
+from spt_fast.tokens import Capture, layer_tokens
 
 Method = Literal["kmeans", "minibatch_kmeans", "mean_pool", "max_pool", "random_sample", "uniform"]
 Depth = Literal["deep", "shallow"]
@@ -33,7 +34,7 @@ def build_prototypes(
     backbone: VisionTransformer,
     images: Iterable[Tensor | tuple[Tensor, Tensor]],
     *,
-    num_prompts: int = 20,
+    num_prompts: int | Sequence[int] = 20,
     depth: Depth = "deep",
     method: Method = "kmeans",
     layers: Layers = "same",
@@ -41,20 +42,29 @@ def build_prototypes(
     capture: Capture = "paper",
     seed: int = 0,
     max_iter: int = 300,
+    token_budget: Budget = "auto",
+    token_cache: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_minutes: float = 1.0,
     resume: bool = False,
-) -> Prototypes:
+) -> Any:
     """Build the vectors that prompts start from out of the target data's own layer tokens.
+
+    When torch.distributed is initialised, the methods that cluster take what each process passes as its share of the
+    images, and every process returns the same prototypes; the other methods look at one batch, and want the same images
+    in every process.
 
     Args:
         backbone: the frozen timm ViT, on the device to work on.
         images: any re-iterable of ``[B, 3, H, W]`` tensors or ``(images, labels)`` pairs, for example a DataLoader. The
             methods that look at one random batch want a shuffled one.
-        num_prompts: prototypes per block, ``P``.
+        num_prompts: prototypes per block, ``P``; or several numbers, to build prototypes for each of them from one pass
+            over the images.
         depth: ``"deep"``: prototypes for every block; ``"shallow"``: for the first block only.
         method: ``"kmeans"``: exact Lloyd over all tokens to convergence (Eq. 9-10). ``"minibatch_kmeans"``: one pass,
-            no token is kept. ``"mean_pool"``, ``"max_pool"``, ``"random_sample"``: of one random batch (Sec. 3.4).
+            no token is kept beyond a sample of bounded size; several ``num_prompts`` are derived from 2,048 or more
+            micro-clusters. ``"mean_pool"``, ``"max_pool"``, ``"random_sample"``: of one random batch (Sec. 3.4).
             ``"uniform"``: VPT's random start; looks at no image.
         layers: whose tokens a block's prototypes come from: ``"same"``: those that enter this block (Table S2 c);
             ``"first"`` / ``"last"``: those that enter the first / last block, for all blocks (Table S2 b).
@@ -62,18 +72,25 @@ def build_prototypes(
         capture: what counts as a layer's tokens, see :func:`spt_fast.tokens.layer_tokens`.
         seed: everything random follows from it.
         max_iter: most Lloyd passes of ``"kmeans"``.
+        token_budget: bytes of tokens that ``"kmeans"`` may keep in the memory of the backbone's device; ``"auto"`` is
+            half of what is free. Beyond it they go to host memory (from a GPU), then to ``token_cache``, and without
+            one the backbone runs again at every pass. ``metadata["tokens_kept"]`` says what came of it and why.
+        token_cache: a folder for a memory-map of the tokens, in bfloat16, if they do not fit into memory.
         progress: called as ``progress(stage, done, total)`` during long work.
-        checkpoint: a file that keeps finished blocks (``"kmeans"``) or the state of the stream
-            (``"minibatch_kmeans"``), so that the work can be taken up after an interruption; removed at the end.
+        checkpoint: a file that keeps the state of the clustering, so that it can be taken up after an interruption;
+            removed at the end.
+        checkpoint_minutes: how long to wait between two saves.
         resume: go on from ``checkpoint`` if it exists.
 
     Returns:
-        :class:`Prototypes` with ``values`` ``[L, P, D]`` (deep) or ``[1, P, D]`` (shallow) on the CPU.
+        :class:`Prototypes` with ``values`` ``[L, P, D]`` (deep) or ``[1, P, D]`` (shallow) on the CPU; for several
+        ``num_prompts`` a dictionary of them by number.
 
     Raises:
         UnsupportedModelError: the backbone cannot be prompted.
         InputError: an unknown choice, ``num_prompts < 1``, fewer tokens than prompts, no images, images with NaN or of
-            the wrong size, or a ``checkpoint`` of another job.
+            the wrong size, images that can be read only once and do not fit into memory, or a ``checkpoint`` of another
+            job.
 
     Warns:
         sklearn.exceptions.ConvergenceWarning: Lloyd was still moving after ``max_iter`` passes.
@@ -86,14 +103,16 @@ def build_prototypes(
         (torch.Size([2, 5, 192]), [128, 128])
     """
     blocks = len(check_backbone(backbone).blocks)
-    _check_choices(num_prompts, depth, method, layers, data_fraction, capture)
+    # A str is a sequence too, but of nothing that could be a number of prompts.
+    numbers = [num_prompts] if isinstance(num_prompts, (int, float, str)) else list(num_prompts)
+    _check_choices(numbers, depth, method, layers, data_fraction, capture, token_budget, checkpoint_minutes)
     started = time.perf_counter()
     report = progress or (lambda stage, done, total: None)
     rows = blocks if depth == "deep" else 1
     wanted = {"same": list(range(rows)), "first": [0], "last": [blocks - 1]}[layers]
     job = {
         "method": method,
-        "num_prompts": num_prompts,
+        "num_prompts": num_prompts if isinstance(num_prompts, int) else numbers,
         "depth": depth,
         "layers": layers,
         "data_fraction": data_fraction,
@@ -102,193 +121,97 @@ def build_prototypes(
         "max_iter": max_iter if method == "kmeans" else None,
         "backbone": {**source_of(backbone), "identity": backbone_identity(backbone)},
     }
-    counts = inertia = None
     seen: dict[str, Any] = {}
+    found: dict[int, Clustering | Tensor]
     if method == "uniform":
         if layers != "same":
             raise InputError(
                 f"layers={layers!r} means nothing for method='uniform', which looks at no tokens"
             )
-        values = uniform(backbone, rows, num_prompts, seeded_generator(seed))
+        found = {n: uniform(backbone, rows, n, seeded_generator(seed)) for n in numbers}
     else:
-        plan = _Plan(backbone, wanted, num_prompts, capture, seed)
-        source = _Source(images, data_fraction, seed, report)
+        plan = Plan(backbone, wanted, numbers, capture, seed, report)
+        source = ChosenImages(images, data_fraction, seed, report)
         if method in ("kmeans", "minibatch_kmeans"):
-            store = Checkpoint(checkpoint, job, resume)
+            # A stream can only be gone on with by as many processes: each skips the batches that it took in before.
+            shares = {} if method == "kmeans" else {"processes": world()[1]}
+            store = Checkpoint(checkpoint, {**job, **shares}, resume, checkpoint_minutes)
             if method == "kmeans":
-                values, counts, inertia = _kmeans(plan, source, max_iter, store)
+                outcome = cluster_exactly(
+                    plan, source, store, max_iter=max_iter, budget=token_budget, cache=token_cache
+                )
             else:
-                values, counts = _minibatch_kmeans(plan, source, store)
+                outcome = cluster_in_one_pass(plan, source, store)
             store.remove()
+            found = dict(outcome.found)
+            seen = {"images": outcome.images, "tokens": outcome.tokens}
+            if outcome.tokens_kept is not None:
+                seen["tokens_kept"] = outcome.tokens_kept
         else:
-            values = _one_batch(plan, source, method)
-        seen = {"images": source.images, "tokens": source.tokens}
-        repeat = rows // len(wanted)
-        values = values.repeat(repeat, 1, 1)
-        counts = None if counts is None else counts.repeat(repeat, 1)
-        inertia = None if inertia is None else inertia.repeat(repeat)
-    metadata = {**job, **seen, "seconds": time.perf_counter() - started, "version": __version__}
-    return Prototypes(values.cpu(), metadata, counts, inertia)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What every way of building needs to know."""
-
-    backbone: VisionTransformer
-    layers: list[int]
-    num_prompts: int
-    capture: Capture
-    seed: int
-
-
-class _Source:
-    """The images to use, counted as they pass."""
-
-    def __init__(self, images: Iterable[Any], fraction: float, seed: int, report: Progress) -> None:
-        self._all = images
-        self._fraction = fraction
-        self._offset = float(torch.rand((), generator=seeded_generator(seed)))
-        self.report = report
-        self.images = 0
-        self.tokens = 0
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """Batches of the chosen images, as large as the batches they come from."""
-        kept: list[Tensor] = []
-        position, size = 0, 0
-        for batch in image_batches(self._all):
-            if self._fraction == 1:
-                yield batch
-                continue
-            size = max(size, len(batch))
-            # Image j is used where j * fraction + offset passes an integer: the right share, evenly spread.
-            positions = torch.arange(position, position + len(batch) + 1, dtype=torch.float64)
-            steps = (positions * self._fraction + self._offset).floor()
-            position += len(batch)
-            kept.extend(batch[steps.diff() > 0])
-            while len(kept) >= size > 0:
-                yield torch.stack(kept[:size])
-                kept = kept[size:]
-        if kept:
-            yield torch.stack(kept)
-
-    def counted(self, skip: int = 0) -> Iterator[Tensor]:
-        """The batches after the first ``skip``; counts them all and reports progress."""
-        total = self._total()
-        # An empty batch is none: ``skip`` counts the batches whose tokens were taken in.
-        for index, batch in enumerate(batch for batch in self if len(batch)):
-            self.images += len(batch)
-            if index >= skip:
-                yield batch
-            self.report("layer tokens", self.images, total)
-
-    def random_batch(self, generator: torch.Generator) -> Tensor:
-        """One batch, each full batch being as likely as any other."""
-        chosen: Tensor | None = None
-        full = 0
-        length = len(self._all) if self._fraction == 1 and isinstance(self._all, Sized) else None
-        if length:
-            # The length is known: walk to the chosen batch instead of through all; the last may be a partial one.
-            index = int(torch.randint(max(1, length - 1), (), generator=generator))
-            chosen = next(itertools.islice(self, index, None), None)
-        else:
-            for batch in self:
-                if chosen is None or len(batch) >= len(chosen):
-                    full += 1
-                    if int(torch.randint(full, (), generator=generator)) == 0:
-                        chosen = batch
-        if chosen is None or not len(chosen):
-            raise InputError("images yields no image")
-        self.images = len(chosen)
-        return chosen
-
-    def _total(self) -> int | None:
-        dataset = getattr(self._all, "dataset", None)
-        return math.ceil(len(dataset) * self._fraction) if isinstance(dataset, Sized) else None
-
-
-def _kmeans(plan: _Plan, source: _Source, max_iter: int, store: Checkpoint) -> tuple[Tensor, Tensor, Tensor]:
-    """Exact Lloyd, layer after layer, over tokens held in memory."""
-    unfinished = [layer for layer in plan.layers if layer not in store.finished]
-    collected: dict[int, list[Tensor]] = {layer: [] for layer in unfinished}
-    if unfinished:
-        for captured in stream_layer_tokens(
-            plan.backbone, source.counted(), layers=unfinished, capture=plan.capture
-        ):
-            for layer, tokens in captured.items():
-                collected[layer].append(tokens.flatten(0, 1).float())
-        store.images = source.images
-    for done, layer in enumerate(unfinished):
-        source.report("k-means", len(plan.layers) - len(unfinished) + done, len(plan.layers))
-        # Popping frees a layer's batches before the next layer is put together.
-        tokens = _enough(collected.pop(layer), plan.num_prompts)
-        fitted = KMeans(plan.num_prompts, max_iter=max_iter, random_state=plan.seed + layer).fit(tokens)
-        store.add(layer, fitted.cluster_centers_.cpu(), fitted.counts_.cpu(), fitted.inertia_.cpu())
-    source.report("k-means", len(plan.layers), len(plan.layers))
-    parts = zip(*(store.finished[layer] for layer in plan.layers), strict=True)
-    values, counts, inertia = (torch.stack(part) for part in parts)
-    source.images, source.tokens = store.images, int(counts[0].sum())
-    return values, counts, inertia
-
-
-def _minibatch_kmeans(plan: _Plan, source: _Source, store: Checkpoint) -> tuple[Tensor, Tensor]:
-    """One pass over the images, all layers at once; no token is kept."""
-    device = next(plan.backbone.parameters()).device
-    estimators = {
-        layer: MiniBatchKMeans(plan.num_prompts, random_state=plan.seed + layer) for layer in plan.layers
+            found, seen["tokens"] = _of_one_batch(plan, source, method)
+            seen["images"] = source.images
+    seen["seconds"] = time.perf_counter() - started
+    built = {
+        n: _as_prototypes(found[n], rows, {**job, "num_prompts": n, **seen, "version": __version__})
+        for n in numbers
     }
-    batches = store.restore_stream(estimators, device)
-    for captured in stream_layer_tokens(
-        plan.backbone, source.counted(skip=batches), layers=plan.layers, capture=plan.capture
-    ):
-        batches += 1
-        for layer, tokens in captured.items():
-            estimators[layer].partial_fit(tokens.flatten(0, 1).float())
-        store.save_stream(estimators, batches)
-    for layer, estimator in estimators.items():
-        try:
-            estimator.finish()
-        except InputError as error:
-            raise InputError(f"block {layer}: {error}") from error
-    source.tokens = int(estimators[plan.layers[0]].counts_.sum())
-    values = torch.stack([estimators[layer].cluster_centers_ for layer in plan.layers])
-    return values, torch.stack([estimators[layer].counts_.cpu() for layer in plan.layers])
+    return built[num_prompts] if isinstance(num_prompts, int) else built
 
 
-def _one_batch(plan: _Plan, source: _Source, method: str) -> Tensor:
-    """Pooled or drawn tokens of one random batch."""
-    generator = seeded_generator(plan.seed)
-    captured = layer_tokens(
-        plan.backbone, source.random_batch(generator), layers=plan.layers, capture=plan.capture
+def _as_prototypes(found: Clustering | Tensor, rows: int, metadata: dict[str, Any]) -> Prototypes:
+    """Prototypes for all ``rows`` blocks, also where they share the tokens of one."""
+    if isinstance(found, Tensor):
+        return Prototypes(found.repeat(rows // len(found), 1, 1).cpu(), metadata)
+    repeat = rows // len(found.centers)
+    return Prototypes(
+        found.centers.repeat(repeat, 1, 1),
+        metadata,
+        found.counts.long().repeat(repeat, 1),
+        found.inertia.repeat(repeat),
     )
-    values = []
-    for layer in plan.layers:
-        tokens = _enough([captured[layer].flatten(0, 1)], plan.num_prompts)
-        source.tokens = len(tokens)
-        if method == "random_sample":
-            values.append(random_sample(tokens, plan.num_prompts, generator))
-        else:
-            values.append((mean_pool if method == "mean_pool" else max_pool)(tokens, plan.num_prompts))
-    return torch.stack(values)
 
 
-def _enough(parts: list[Tensor], num_prompts: int) -> Tensor:
-    if not parts:
-        raise InputError("images yields no image")
-    tokens = torch.cat(parts)
-    if len(tokens) < num_prompts:
-        raise InputError(
-            f"there are {len(tokens)} patch tokens, fewer than num_prompts={num_prompts}; use more images"
-        )
-    return tokens
+def _of_one_batch(
+    plan: Plan, source: ChosenImages, method: str
+) -> tuple[dict[int, Clustering | Tensor], int]:
+    """Pooled or drawn tokens of one random batch, and how many there were."""
+    generator = seeded_generator(plan.seed)
+    batch = source.random_batch(generator)
+    captured = layer_tokens(plan.backbone, batch, layers=plan.layers, capture=plan.capture)
+    drawn = generator.get_state()
+    found: dict[int, Clustering | Tensor] = {}
+    for num_prompts in plan.num_prompts:
+        generator.set_state(drawn)  # as if it were the only number
+        values = []
+        for layer in plan.layers:
+            tokens = captured[layer].flatten(0, 1)
+            if len(tokens) < num_prompts:
+                raise InputError(
+                    f"there are {len(tokens)} patch tokens, fewer than num_prompts={num_prompts}; use more images"
+                )
+            if method == "random_sample":
+                values.append(random_sample(tokens, num_prompts, generator))
+            else:
+                values.append((mean_pool if method == "mean_pool" else max_pool)(tokens, num_prompts))
+        found[num_prompts] = torch.stack(values)
+    return found, len(tokens)
 
 
 def _check_choices(
-    num_prompts: int, depth: str, method: str, layers: str, data_fraction: float, capture: str
+    num_prompts: list[int],
+    depth: str,
+    method: str,
+    layers: str,
+    data_fraction: float,
+    capture: str,
+    token_budget: Budget,
+    checkpoint_minutes: float,
 ) -> None:
-    if isinstance(num_prompts, bool) or not isinstance(num_prompts, int) or num_prompts < 1:
-        raise InputError(f"num_prompts must be a whole number of at least 1, got {num_prompts!r}")
+    if not num_prompts:
+        raise InputError("num_prompts must be a number or several, got none")
+    for number in num_prompts:
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise InputError(f"num_prompts must be a whole number of at least 1, got {number!r}")
     for name, value, choices in (
         ("method", method, Method),
         ("depth", depth, Depth),
@@ -299,3 +222,8 @@ def _check_choices(
             raise InputError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
     if not 0 < data_fraction <= 1:
         raise InputError(f"data_fraction must be in (0, 1], got {data_fraction!r}")
+    whole = isinstance(token_budget, int) and not isinstance(token_budget, bool) and token_budget >= 0
+    if token_budget != "auto" and not whole:
+        raise InputError(f"token_budget must be 'auto' or a number of bytes, got {token_budget!r}")
+    if not checkpoint_minutes >= 0:
+        raise InputError(f"checkpoint_minutes must be at least 0, got {checkpoint_minutes!r}")

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
 from spt_fast.errors import InputError
+
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -53,3 +57,21 @@ def prefers_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be taken on ``device`` now; on the CPU within the limit of its control group, if it has one."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = 1024 * int(line.split()[1])
+    with suppress(OSError, ValueError):  # no control group, or one without a limit ("max")
+        most, used = (int((CONTROL_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
+        # Files that were read are kept as long as nobody needs their memory.
+        used -= int(statistics.get("active_file", 0)) + int(statistics.get("inactive_file", 0))
+        free = min(free, most - used)
+    return max(0, free)

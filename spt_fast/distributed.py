@@ -1,11 +1,12 @@
-"""The little that training needs of torch.distributed: one process does without, torchrun brings more."""
+"""The little that is needed of torch.distributed: one process does without, torchrun brings more."""
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 _groups = itertools.count()
+Batch = TypeVar("Batch")
 
 
 @contextmanager
@@ -47,11 +49,83 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
     """Give all processes the values that ``tensors`` have in rank 0, in place."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         for tensor in tensors:
-            dist.broadcast(tensor.detach(), src=0)
+            there = tensor.detach().to(transport_device())
+            dist.broadcast(there, src=0)
+            tensor.detach().copy_(there)
 
 
 def all_reduced(values: Tensor) -> Tensor:
     """The sum of ``values`` over all processes; ``values`` itself when there is only one."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
+    if world()[1] > 1:
+        there = values.to(transport_device())
+        dist.all_reduce(there)
+        values.copy_(there)
     return values
+
+
+def world() -> tuple[int, int]:
+    """``(rank, world_size)`` of the group that was joined; ``(0, 1)`` without one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def from_rank_0(make: Callable[[], Any]) -> Any:
+    """What ``make`` returns in the first process, in all of them; if it raises there, the same error in all."""
+    if world()[1] == 1:
+        return make()
+    outcome: list[Any] = [None]
+    if world()[0] == 0:
+        try:
+            outcome = [make()]
+        except Exception as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
+
+
+def in_step(batches: Iterable[Batch]) -> Iterator[Batch | None]:
+    """The batches of this process, followed by ``None`` until every process has come to the end of its own."""
+    pending = iter(batches)
+    while True:
+        batch = next(pending, None)
+        if not gathered_numbers([batch is not None]).any():
+            return
+        yield batch
+
+
+def gathered_numbers(numbers: Sequence[int]) -> Tensor:
+    """A few whole numbers of every process: int64 ``[world_size, len(numbers)]`` on the CPU."""
+    return torch.cat(gathered_rows(torch.tensor([list(numbers)])))
+
+
+def gathered_rows(rows: Tensor) -> list[Tensor]:
+    """``rows`` ``[R, ...]`` of every process, in the order of ranks; ``R`` may differ, the rest may not."""
+    size = world()[1]
+    if size == 1:
+        return [rows]
+    transport = transport_device()
+    counts = _all_gather(torch.tensor([len(rows)], device=transport))
+    most = int(max(counts))
+    if most == 0:
+        return [rows] * size
+    # Padded to one length and sent as bytes: not every transport knows half-precision numbers.
+    padded = torch.zeros(most, *rows.shape[1:], dtype=rows.dtype, device=transport)
+    padded[: len(rows)] = rows
+    parts = _all_gather(padded.flatten().view(torch.uint8))
+    return [
+        part.view(rows.dtype).view_as(padded)[: int(count)].to(rows.device)
+        for part, count in zip(parts, counts, strict=True)
+    ]
+
+
+def _all_gather(value: Tensor) -> list[Tensor]:
+    parts = [torch.empty_like(value) for _ in range(world()[1])]
+    dist.all_gather(parts, value)
+    return parts
+
+
+def transport_device() -> torch.device:
+    """Where tensors have to be for processes to exchange them."""
+    nccl = dist.is_initialized() and dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")

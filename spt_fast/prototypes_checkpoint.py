@@ -8,102 +8,96 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spt_fast.clustering import MiniBatchKMeans
+from spt_fast.distributed import from_rank_0, world
 from spt_fast.errors import InputError
 from spt_fast.files import atomic_path
 from spt_fast.prototypes import read_tensors
 
-FORMAT = "spt_fast.prototypes_checkpoint.1"
-SECONDS_BETWEEN_SAVES = 60.0
+FORMAT = "spt_fast.prototypes_checkpoint.2"
 
 
 class Checkpoint:
-    """Finished blocks (k-means) or the state of a stream (mini-batch k-means), in one safetensors file.
+    """The states of estimators, by name, and how far the images have been read, in one safetensors file.
+
+    With several processes the first one writes and all go on from what it reads: their states are the same.
 
     Args:
         path: the file; ``None`` keeps nothing.
         job: json-able record of what is being built; a file of another job is refused.
         resume: take up what ``path`` holds, if it exists; otherwise it is overwritten.
+        minutes: how long to wait between two saves.
 
     Attributes:
-        finished: ``{layer: (centres [P, D], counts [P], inertia [])}``.
-        images: how many images the finished blocks saw.
+        batches: how many batches of images the states have taken in.
+        images: how many images the finished estimators saw.
 
     Raises:
         InputError: ``path`` belongs to another job.
         CheckpointError: ``path`` is something else.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, job: dict[str, Any], resume: bool) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str] | None, job: dict[str, Any], resume: bool, minutes: float
+    ) -> None:
         self._path = None if path is None else Path(path)
         self._job = json.loads(json.dumps(job))
-        self._tensors: dict[str, Tensor] = {}
-        self._batches = 0
-        self.images = 0
+        self._seconds = 60 * minutes
+        self._states: dict[str, dict[str, Tensor]] = {}
         self._last_save = time.monotonic()
-        self.finished: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        if self._path is not None and resume and self._path.exists():
+        self.batches = 0
+        self.images = 0
+        if self._path is not None and resume:
             self._load(self._path)
 
-    def add(self, layer: int, centers: Tensor, counts: Tensor, inertia: Tensor) -> None:
-        """Keep a finished block, at once."""
-        self.finished[layer] = (centers, counts, inertia)
-        for name, tensor in zip(("centers", "counts", "inertia"), self.finished[layer], strict=True):
-            self._tensors[f"finished.{layer}.{name}"] = tensor
-        self._save()
+    def state(self, name: str) -> dict[str, Tensor]:
+        """The last state that was kept under ``name``; empty if there is none."""
+        return self._states.get(name, {})
 
-    def restore_stream(self, estimators: dict[int, MiniBatchKMeans], device: torch.device) -> int:
-        """Load the state of the stream into ``estimators``; returns how many batches it has taken in."""
-        for layer, estimator in estimators.items():
-            prefix = f"stream.{layer}."
-            state = {
-                k.removeprefix(prefix): t.to(device) for k, t in self._tensors.items() if k.startswith(prefix)
+    @property
+    def is_due(self) -> bool:
+        """Whether the last save is long enough ago to make the next one worth its time."""
+        return self._path is not None and time.monotonic() - self._last_save >= self._seconds
+
+    def save(self, states: dict[str, dict[str, Tensor]]) -> None:
+        """Keep ``states``, beside those under other names."""
+        self._states |= states
+        if self._path is not None and world()[0] == 0:
+            tensors = {
+                f"{name}/{key}": tensor.cpu().contiguous()
+                for name, state in self._states.items()
+                for key, tensor in state.items()
             }
-            estimator.load_state_dict(state)
-        return self._batches
-
-    def save_stream(self, estimators: dict[int, MiniBatchKMeans], batches: int) -> None:
-        """Keep the state of the stream after ``batches`` batches, if the last time is a minute ago."""
-        if self._path is None or time.monotonic() - self._last_save < SECONDS_BETWEEN_SAVES:
-            return
-        self._batches = batches
-        self._tensors = {
-            f"stream.{layer}.{name}": tensor.cpu()
-            for layer, estimator in estimators.items()
-            for name, tensor in estimator.state_dict().items()
-        }
-        self._save()
+            record = {"job": self._job, "batches": self.batches, "images": self.images}
+            with atomic_path(self._path) as temporary:
+                save_file(tensors, temporary, {"format": FORMAT, "json": json.dumps(record)})
+        self._last_save = time.monotonic()
 
     def remove(self) -> None:
         """The work is done: delete the file."""
-        if self._path is not None:
+        if self._path is not None and world()[0] == 0:
             self._path.unlink(missing_ok=True)
 
-    def _save(self) -> None:
-        if self._path is None:
-            return
-        record = {"job": self._job, "batches": self._batches, "images": self.images}
-        with atomic_path(self._path) as temporary:
-            tensors = {name: tensor.contiguous() for name, tensor in self._tensors.items()}
-            save_file(tensors, temporary, {"format": FORMAT, "json": json.dumps(record)})
-        self._last_save = time.monotonic()
-
     def _load(self, path: Path) -> None:
-        self._tensors, record = read_tensors(path, FORMAT, "a checkpoint of unfinished prototypes")
+        # One process reads: the others may run on machines that do not see the file.
+        tensors, record = from_rank_0(
+            lambda: (
+                read_tensors(path, FORMAT, "a checkpoint of unfinished prototypes")
+                if path.exists()
+                else ({}, None)
+            )
+        )
+        if record is None:
+            return
         for key, value in self._job.items():
             if record["job"].get(key) != value:
                 raise InputError(
                     f"{path} was begun with {key}={record['job'].get(key)!r} and this call asks for {key}={value!r}; "
                     "run without resume to start over"
                 )
-        self._batches, self.images = record["batches"], record["images"]
-        layers = {int(name.split(".")[1]) for name in self._tensors if name.startswith("finished.")}
-        for layer in layers:
-            centers, counts, inertia = (
-                self._tensors[f"finished.{layer}.{name}"] for name in ("centers", "counts", "inertia")
-            )
-            self.finished[layer] = (centers, counts, inertia)
+        self.batches, self.images = record["batches"], record["images"]
+        for name, tensor in tensors.items():
+            owner, key = name.split("/", 1)
+            self._states.setdefault(owner, {})[key] = tensor

@@ -20,12 +20,14 @@ from spt_fast.cli.inputs import (
     open_backbone,
     open_images,
     open_trained,
+    parse_bytes,
     start_of_run,
     warn_of_other_backbone,
 )
 from spt_fast.cli.options import (
     AdapterOption,
     CaptureOption,
+    CheckpointMinutesOption,
     CheckpointOption,
     DataOption,
     DepthOption,
@@ -38,6 +40,7 @@ from spt_fast.cli.options import (
     ModelKwargOption,
     ModelOption,
     MovedCheckpointOption,
+    NumPromptsListOption,
     NumPromptsOption,
     PoolChoice,
     PretrainedOption,
@@ -46,9 +49,22 @@ from spt_fast.cli.options import (
     SeedOption,
     Split,
     StrictOption,
+    TokenBudgetOption,
+    TokenCacheOption,
     WorkersOption,
 )
-from spt_fast.cli.printing import fail, new_table, out, print_json, report_skipped, say, show, status, warn
+from spt_fast.cli.printing import (
+    fail,
+    is_first,
+    new_table,
+    out,
+    print_json,
+    report_skipped,
+    say,
+    show,
+    status,
+    warn,
+)
 from spt_fast.data import load_dataset, read_image
 from spt_fast.devices import choose_device
 from spt_fast.errors import InputError, SptFastError
@@ -92,16 +108,24 @@ def _common(
 def prototypes(
     model: ModelOption,
     data: DataOption,
-    output: Annotated[Path, typer.Option(help="Safetensors file to write.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            help="Safetensors file to write; with several --num-prompts, {num_prompts} stands for the number."
+        ),
+    ],
     checkpoint: CheckpointOption = None,
     pretrained: PretrainedOption = False,
     model_kwarg: ModelKwargOption = None,
-    num_prompts: NumPromptsOption = 20,
+    num_prompts: NumPromptsListOption = None,
     method: MethodOption = "kmeans",
     depth: DepthOption = "deep",
     layers: LayersOption = "same",
     data_fraction: FractionOption = 1.0,
     capture: CaptureOption = "paper",
+    token_budget: TokenBudgetOption = "auto",
+    token_cache: TokenCacheOption = None,
+    checkpoint_minutes: CheckpointMinutesOption = 1.0,
     split: Annotated[Split, typer.Option(help="Which images to look at.")] = "train",
     layout: LayoutOption = "auto",
     recipe: RecipeOption = "auto",
@@ -118,11 +142,24 @@ def prototypes(
     as_json: JsonOption = False,
 ) -> None:
     """Build the vectors prompts start from out of a folder's own patch tokens."""
-    if output.is_dir():
-        raise InputError(f"--output {output} is a folder, expected a file to write")
-    check_folder("--output", output.parent)
+    numbers = num_prompts or [20]
+    paths = {number: Path(str(output).replace("{num_prompts}", str(number))) for number in numbers}
+    if len(set(paths.values())) < len(numbers):
+        raise InputError(
+            f"--output must contain {{num_prompts}}, and --num-prompts differ, for {len(numbers)} files, got {output}"
+        )
+    if export_released is not None and len(numbers) > 1:
+        raise InputError(
+            "--export-released writes one set of prototypes, and several --num-prompts were given"
+        )
+    for path in paths.values():
+        if path.is_dir():
+            raise InputError(f"--output {path} is a folder, expected a file to write")
+        check_folder("--output", path.parent)
     if export_released is not None:
         check_folder("--export-released", export_released)
+    if token_cache is not None:
+        check_folder("--token-cache", token_cache)
     backbone = open_backbone(model, checkpoint, pretrained, model_kwarg, device, seed)
     images = open_images(data, split, backbone, layout, recipe, strict, train=False)
     unfinished = output.with_name(output.name + ".partial")
@@ -130,32 +167,44 @@ def prototypes(
         built, skipped = build_from(
             backbone,
             images,
-            num_prompts=num_prompts,
+            num_prompts=numbers,
             method=method,
             depth=depth,
             layers=layers,
             data_fraction=data_fraction,
             capture=capture,
+            token_budget=parse_bytes("--token-budget", token_budget),
+            token_cache=token_cache,
             seed=seed,
             batch_size=batch_size,
             workers=workers,
             checkpoint=unfinished,
+            checkpoint_minutes=checkpoint_minutes,
             resume=resume,
         )
-    built.save(output)
-    if export_released is not None:
-        built.export_released(export_released)
-    result = {
-        "output": str(output),
-        "shape": list(built.values.shape),
-        "method": method,
-        "images": built.metadata.get("images", 0),
-        "skipped": skipped,
-        "tokens_per_block": built.metadata.get("tokens", 0),
-        "inertia": None if built.inertia is None else built.inertia.tolist(),
-        "seconds": built.metadata["seconds"],
-    }
-    show(result, as_json)
+    results = []
+    for number, each in built.items():
+        if is_first:
+            each.save(paths[number])
+            if export_released is not None:
+                each.export_released(export_released)
+        result = {
+            "output": str(paths[number]),
+            "shape": list(each.values.shape),
+            "method": method,
+            "images": each.metadata.get("images", 0),
+            "skipped": skipped,
+            "tokens_per_block": each.metadata.get("tokens", 0),
+            "tokens_kept": each.metadata.get("tokens_kept"),
+            "inertia": None if each.inertia is None else each.inertia.tolist(),
+            "seconds": each.metadata["seconds"],
+        }
+        results.append(result)
+    if as_json and len(results) > 1:
+        print_json(results)
+    else:
+        for result in results:
+            show(result, as_json)
 
 
 @app.command(
@@ -279,14 +328,14 @@ def train(
         built, _ = build_from(
             backbone,
             images,
-            **wanted_start,
+            **{**wanted_start, "num_prompts": [num_prompts]},
             seed=seed,
             batch_size=batch_size,
             workers=workers,
             checkpoint=output / "prompts.partial",
             resume=resume,
         )
-        return built
+        return built[num_prompts]
 
     # Options that do not go together are found here, not after the prototypes have been built.
     prompted(given or torch.zeros(1, 1, backbone.embed_dim))

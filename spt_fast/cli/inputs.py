@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,17 @@ from timm.models.vision_transformer import VisionTransformer
 
 from spt_fast.adapters import Adapter
 from spt_fast.backbones import backbone_identity, image_settings, load_backbone
-from spt_fast.building import build_prototypes
+from spt_fast.building import Method, build_prototypes
 from spt_fast.cli.options import Layout, Recipe
 from spt_fast.cli.printing import report_skipped, status, warn
 from spt_fast.data import ImageDataset, load_dataset, make_loader, make_transform
 from spt_fast.devices import choose_device
+from spt_fast.distributed import gathered_numbers, process_group
 from spt_fast.errors import InputError
 from spt_fast.progress import progress_bar
 from spt_fast.prompted_vit import PromptedViT
 from spt_fast.prototypes import Prototypes
+from spt_fast.token_store import Budget
 
 
 def check_folder(option: str, folder: Path) -> None:
@@ -82,19 +85,46 @@ def build_from(
     backbone: VisionTransformer,
     images: ImageDataset,
     *,
+    method: Method,
     seed: int,
     batch_size: int,
     workers: int,
     **arguments: Any,
-) -> tuple[Prototypes, int]:
-    """Prototypes of ``images``, and how many files could not be read."""
-    # Shuffled once: the methods that look at one batch should see all classes in it.
-    loader = make_loader(images, batch_size=batch_size, shuffle=True, seed=seed, num_workers=workers)
-    with progress_bar(status) as progress:
-        built = build_prototypes(backbone, loader, seed=seed, progress=progress, **arguments)
-    built.metadata["data"] = images.name
-    report_skipped("prototypes", len(loader.skipped))
-    return built, len(loader.skipped)
+) -> tuple[dict[int, Prototypes], int]:
+    """Prototypes of ``images`` by number of prompts, and how many files could not be read."""
+    with (
+        process_group(next(backbone.parameters()).device) as (rank, world_size),
+        progress_bar(status) as progress,
+    ):
+        shared = world_size > 1 and method in ("kmeans", "minibatch_kmeans")
+        loader = make_loader(
+            images,
+            batch_size=batch_size,
+            # Shuffled, the methods that look at one batch see all classes in it; not so, every image is in one share.
+            shuffle=not shared,
+            seed=seed,
+            rank=rank if shared else 0,
+            world_size=world_size if shared else 1,
+            num_workers=workers,
+        )
+        built = build_prototypes(backbone, loader, method=method, seed=seed, progress=progress, **arguments)
+        skipped = int(gathered_numbers([len(loader.skipped)]).sum()) if shared else len(loader.skipped)
+    for each in built.values():
+        each.metadata["data"] = images.name
+    report_skipped("prototypes", skipped)
+    return built, skipped
+
+
+def parse_bytes(option: str, text: str) -> Budget:
+    """``"auto"``, or a number of bytes: ``"1000"``, ``"500MB"``, ``"8GiB"``."""
+    if text == "auto":
+        return "auto"
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kMGT])(i?)B?|B)?", text.strip())
+    if number is None:
+        raise InputError(f"{option} must be auto or a size such as 500MB or 8GiB, got {text!r}")
+    amount, prefix, binary = number.groups()
+    base = 1024 if binary else 1000
+    return int(float(amount) * base ** ("kMGT".index(prefix) + 1 if prefix else 0))
 
 
 def start_of_run(

@@ -45,12 +45,32 @@ WorkersOption = Annotated[int, typer.Option("--workers", min=0, help="Processes 
 
 # The prototypes.
 NumPromptsOption = Annotated[int, typer.Option(help="Prompt tokens per block (paper: 20 deep, 100 shallow).")]
+NumPromptsListOption = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--num-prompts",
+        help="Prompt tokens per block; repeat it to build several from one pass. Default: 20.",
+        show_default=False,
+    ),
+]
 MethodOption = Annotated[Method, typer.Option(help="How prototypes are built.")]
 DepthOption = Annotated[Depth, typer.Option(help="Prompts for every block, or for the first.")]
 LayersOption = Annotated[Layers, typer.Option(help="Whose tokens a block's prototypes come from (Table S2).")]
 FractionOption = Annotated[float, typer.Option(help="Share of the images to build prototypes from, 0 to 1.")]
 CaptureOption = Annotated[
     Capture, typer.Option(help="Layer tokens as in Eq. 1, or as in the authors' released code.")
+]
+TokenBudgetOption = Annotated[
+    str,
+    typer.Option(
+        help="Tokens that kmeans keeps on the device: bytes, as 8GiB or 500MB, or auto: half of what is free."
+    ),
+]
+TokenCacheOption = Annotated[
+    Path | None, typer.Option(help="Folder for a memory-map of the tokens, if they do not fit into memory.")
+]
+CheckpointMinutesOption = Annotated[
+    float, typer.Option(min=0, help="Minutes between two saves of the unfinished work.")
 ]
 
 # A trained adapter.

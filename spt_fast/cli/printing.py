@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 # Of the processes that torchrun starts, the first one tells how it goes; all of them tell what went wrong.
-_is_first = os.environ.get("RANK", "0") == "0"
-out = Console(quiet=not _is_first)
-status = Console(stderr=True, quiet=not _is_first)
+is_first = os.environ.get("RANK", "0") == "0"
+out = Console(quiet=not is_first)
+status = Console(stderr=True, quiet=not is_first)
 errors = Console(stderr=True)
 
 
