@@ -5,8 +5,9 @@ from __future__ import annotations
 import platform
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,15 @@ def load_with_progress(path: Path, size: int) -> tuple[Tensor, Tensor, list[str]
         )
 
 
+def installed_versions(*packages: str) -> dict[str, str]:
+    """The versions of those packages that are there."""
+    found = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """Where and with what a result was measured, for its json record."""
     commit = subprocess.run(
@@ -59,6 +69,7 @@ def machine(device: torch.device) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "timm": timm.__version__,
+            **installed_versions("triton", "cupy-cuda13x", "scikit-learn", "faiss-cpu", "flash-kmeans"),
         },
         "commit": commit.stdout.strip() or None,
         "date": date.today().isoformat(),

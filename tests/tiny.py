@@ -1,14 +1,17 @@
-"""A tiny random backbone and coloured squares, for tests of training in this process and in others."""
+"""A tiny random backbone, noise and coloured squares, for tests in this process and in others."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
 from spt_fast import PromptedViT, load_backbone
 from spt_fast.data import ImageDataset, make_transform
+from spt_fast.tokens import layer_tokens
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 CLASSES = list(COLOURS)
@@ -62,6 +65,47 @@ def squares(
         samples[index] = (path, samples[index][1])
     transform = make_transform(recipe, image_size=16, mean=(0.5,) * 3, std=(0.5,) * 3, train=True)
     return ImageDataset(samples, CLASSES, transform=transform, name="squares", **kwargs)
+
+
+def noise(count: int, *, size: int = 32, seed: int = 0) -> Tensor:
+    """``[count, 3, size, size]``."""
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def batches(count: int = 4, size: int = 10) -> list[Tensor]:
+    """``count`` batches of ``size`` images of 32 x 32."""
+    return list(noise(count * size).split(size))
+
+
+class ReIterable:
+    """Re-iterable, but of unknown length; counts how often it was begun.
+
+    Attributes:
+        passes: so often.
+    """
+
+    def __init__(self, content: list[Any]) -> None:
+        self.content = content
+        self.passes = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.passes += 1
+        return iter(self.content)
+
+
+def all_tokens(backbone: nn.Module, images: list[Tensor], **kwargs: Any) -> dict[int, Tensor]:
+    """``{block: [T, D]}`` of all images."""
+    captured = [layer_tokens(backbone, batch, **kwargs) for batch in images]
+    return {i: torch.cat([tokens[i].flatten(0, 1) for tokens in captured]) for i in captured[0]}
+
+
+def stacked_tokens(backbone: nn.Module, images: list[Tensor], **kwargs: Any) -> Tensor:
+    """``[L, T, D]`` of all images."""
+    return torch.stack(list(all_tokens(backbone, images, **kwargs).values()))
+
+
+class Interrupted(Exception):
+    """Stops a build in the middle."""
 
 
 def learned(model: PromptedViT) -> dict[str, torch.Tensor]:
