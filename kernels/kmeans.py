@@ -12,18 +12,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import kmeans_cpu, kmeans_torch, kmeans_triton
+from . import kmeans_cpu, kmeans_cuda, kmeans_torch, kmeans_triton
 from .backends import Backend, choose_backend
 
-# Best first; what cannot take the tokens at hand is passed over.
+# Best first; what cannot take the tokens at hand is passed over. Which of triton and cuda is the faster on a GPU has not
+# been measured; triton stands first because its compiler, not we, looks after the memory system.
 STEP_BACKENDS = {
     "cpu": Backend(kmeans_cpu.kmeans_step, kmeans_cpu.why_not),
     "triton": Backend(kmeans_triton.kmeans_step, kmeans_triton.why_not),
+    "cuda": Backend(kmeans_cuda.kmeans_step, kmeans_cuda.why_not),
     "torch": Backend(kmeans_torch.kmeans_step),
 }
 ASSIGN_BACKENDS = {
     "cpu": Backend(kmeans_cpu.kmeans_assign, kmeans_cpu.why_not),
     "triton": Backend(kmeans_triton.kmeans_assign, kmeans_triton.why_not),
+    "cuda": Backend(kmeans_cuda.kmeans_assign, kmeans_cuda.why_not),
     "torch": Backend(kmeans_torch.kmeans_assign),
 }
 

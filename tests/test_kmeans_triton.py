@@ -105,11 +105,20 @@ def tight_clusters_far_apart() -> None:
 
 
 @case
-def centroids_out_of_range_of_half_precision() -> None:
-    centroids = noise(6, 32, seed=1)
-    centroids[2] *= 1e6
-    centroids[4] *= 1e-7
-    judge(noise(70, 32).half(), centroids)
+def differences_out_of_range_of_half_precision() -> None:
+    far = torch.full((1, 32), 60000.0)
+    judge(
+        torch.cat([far.repeat(40, 1) + 100 * noise(40, 32), -far + 100 * noise(30, 32)]).half(),
+        torch.cat([far, -far]),
+    )
+    judge(noise(70, 32).half(), torch.tensor([[1.0], [1e6], [1e-7], [-2.0]]) * noise(4, 32, seed=1))
+
+
+@case
+def centroids_closer_than_half_precision_can_say() -> None:
+    centroids = noise(5, 32, seed=1).repeat(4, 1) + 2**-10 * noise(20, 32, seed=2)
+    for dtype in (HALF, BRAIN):
+        judge(noise(130, 32).to(dtype), centroids)
 
 
 @case

@@ -39,7 +39,7 @@ __device__ void accumulate(Tokens<Element> x, int64 layers, int64 tokens, int wi
     const int64 end_token = last * kAccumulateTokens < tokens ? last * kAccumulateTokens : tokens;
     tile = layer * work.tiles_per_layer + last;
 
-    synchronize_block();  // the last layer's counts are written
+    synchronize_block();  // the last layer's sums and counts have been read
     for (int i = threadIdx.x; i < own_clusters * kAccumulateFeatures; i += kAccumulateThreads) sums[i] = 0;
     for (int k = threadIdx.x; k < own_clusters; k += kAccumulateThreads) counts[k] = 0;
     synchronize_block();
