@@ -6,96 +6,24 @@ import inspect
 import json
 import os
 import shlex
-import signal
-import subprocess
-import sys
-import time
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
-from PIL import Image
+from command_line import COLOURS, TINY, TRAIN, check_equal, check_refused, files, last, make_photos, run
 from safetensors.torch import load_file
-from torch import Tensor
 
 import spt_fast
 from spt_fast.backbones import image_settings
 from spt_fast.building import Method
-from spt_fast.cli import main
+from spt_fast.cli.inputs import parse_bytes
 from spt_fast.data import load_dataset, make_loader, make_transform
-from spt_fast.training_config import TrainingConfig
 
-ROOT = Path(__file__).resolve().parent.parent
-# Random weights: 16 patches of 8 x 8, width 48, two blocks.
-TINY = shlex.split(
-    "--model vit_tiny_patch16_224 -k img_size=32 -k patch_size=8 -k embed_dim=48 -k depth=2 -k num_heads=3 --device cpu"
-)
 BUNDLED = shlex.split(
     "--model vit_tiny_patch16_224 --checkpoint bundled:vit_tiny_mae_cifar10 -k img_size=32 -k patch_size=4 --device cpu"
 )
-TRAIN = shlex.split("--pool avg --num-prompts 4 --batch-size 4 --dtype float32 --recipe vtab")
-COLOURS = {"blue": (0, 0, 120), "green": (0, 120, 0), "red": (120, 0, 0)}
-COUNTS = {"train": 4, "val": 2, "test": 3}  # images of each colour
 COMMANDS = ("prototypes", "train", "eval", "predict", "demo", "info")
-
-
-@dataclass
-class Done:
-    """What a command left: its exit code and what it printed."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Run = Callable[..., Done]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """``run(*arguments)``: what ``spt-fast *arguments`` does, in this process."""
-    # Wide, so that no sentence is broken into lines.
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.delenv("SPT_FAST_BACKEND", raising=False)
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-
-    def command(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["spt-fast", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        printed = capsys.readouterr()
-        return Done(code, printed.out, printed.err)
-
-    return command
-
-
-def make_photos(
-    root: Path, counts: dict[str, int] = COUNTS, colours: tuple[str, ...] = tuple(COLOURS)
-) -> Path:
-    """``root/<split>/<colour>/<n>.png``: noise with a tint that gives the class away."""
-    generator = torch.Generator().manual_seed(0)
-    for split, count in counts.items():
-        for colour in colours:
-            folder = root / split / colour
-            folder.mkdir(parents=True)
-            for index in range(count):
-                pixels = torch.randint(0, 130, (36, 40, 3), generator=generator) + torch.tensor(
-                    COLOURS[colour]
-                )
-                Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / f"{index}.png")
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -118,57 +46,22 @@ def damaged(tmp_path: Path) -> Path:
 def trained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on the bundled backbone."""
     output = tmp_path_factory.mktemp("runs") / "bundled"
-    arguments = ["train", *BUNDLED, *TRAIN, "--data", str(photos), "--output", str(output), "--epochs", "2"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["spt-fast", *arguments])
-        patch.setattr(warnings, "showwarning", warnings.showwarning)
-        main_or_exit()
+    done = run("train", *BUNDLED, *TRAIN, "--data", photos, "--output", output, "--epochs", 2)
+    assert done.code == 0, done.err
     return output
-
-
-def main_or_exit() -> None:
-    try:
-        main()
-    except SystemExit as stop:
-        assert not stop.code, stop.code
-
-
-def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
-
-
-def check_refused(done: Done, *words: str, code: int = 1) -> None:
-    """One sentence on standard error that has ``words``, and nothing on standard output."""
-    assert done.code == code, done
-    assert "Traceback" not in done.err and not done.out, done
-    if code == 1:
-        mistakes = [line for line in done.err.splitlines() if line.startswith("error: ")]
-        assert len(mistakes) == 1 and done.err.rstrip().endswith(mistakes[0]), done.err
-    for word in words:
-        assert word in done.err, (word, done.err)
-
-
-def last(output: Path) -> dict[str, Tensor]:
-    return load_file(output / "last.safetensors")
-
-
-def check_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
 
 
 # Help, version, wrong usage.
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
-def test_help_shows_an_example(run: Run, command: list[str]) -> None:
+def test_help_shows_an_example(command: list[str]) -> None:
     done = run(*command, "--help")
     assert done.code == 0 and not done.err
     assert "Example: spt-fast " + " ".join(command) in done.out
 
 
-def test_version(run: Run) -> None:
+def test_version() -> None:
     done = run("--version")
     assert (done.code, done.out, done.err) == (0, f"spt-fast {spt_fast.__version__}\n", "")
 
@@ -180,17 +73,18 @@ def test_version(run: Run) -> None:
         ["train", "--model", "vit_tiny_patch16_224"],
         ["prototypes", *TINY, "--data", "x", "--output", "y", "--method", "magic"],
         ["prototypes", *TINY, "--data", "x", "--output", "y", "--seed", "-1"],
+        ["prototypes", *TINY, "--data", "x", "--output", "y", "--checkpoint-minutes", "-1"],
         ["train", *TINY, "--data", "x", "--output", "y", "--resume", "--overwrite"],
         ["train", *TINY, "--data", "x", "--output", "y", "--prompts", "p", "--method", "kmeans"],
         ["predict", "--adapter", "x", "y.jpg", "--top", "0"],
         ["info", "--jsn"],
     ],
 )
-def test_wrong_usage_exits_2(run: Run, arguments: list[str]) -> None:
+def test_wrong_usage_exits_2(arguments: list[str]) -> None:
     check_refused(run(*arguments), "Usage:", code=2)
 
 
-def test_without_a_command_the_help_is_shown(run: Run) -> None:
+def test_without_a_command_the_help_is_shown() -> None:
     done = run()
     assert done.code == 2 and "Usage:" in done.out + done.err
 
@@ -199,7 +93,7 @@ def test_without_a_command_the_help_is_shown(run: Run) -> None:
 
 
 @pytest.mark.parametrize("method", get_args(Method))
-def test_prototypes_of_every_method(run: Run, photos: Path, tmp_path: Path, method: str) -> None:
+def test_prototypes_of_every_method(photos: Path, tmp_path: Path, method: str) -> None:
     output, released = tmp_path / "new" / "prompts.safetensors", tmp_path / "released"
     done = run(
         *("prototypes", *TINY, "--data", photos, "--output", output, "--method", method, "--num-prompts", 5),
@@ -218,7 +112,7 @@ def test_prototypes_of_every_method(run: Run, photos: Path, tmp_path: Path, meth
     }
 
 
-def test_prototypes_are_those_of_python(run: Run, photos: Path, tmp_path: Path) -> None:
+def test_prototypes_are_those_of_python(photos: Path, tmp_path: Path) -> None:
     output = tmp_path / "prompts.safetensors"
     done = run(
         "prototypes", *BUNDLED, "--data", photos, "--output", output, "--num-prompts", 3, "--depth", "shallow"
@@ -236,7 +130,100 @@ def test_prototypes_are_those_of_python(run: Run, photos: Path, tmp_path: Path) 
     assert saved.metadata["images"] == 12 and saved.metadata["data"] == "photos/train"
 
 
-def test_train_eval_predict(run: Run, photos: Path, trained: Path) -> None:
+def test_several_numbers_of_prompts_are_a_file_each(photos: Path, tmp_path: Path) -> None:
+    building = ["prototypes", *TINY, "--data", photos]
+    output = tmp_path / "new" / "p{num_prompts}.safetensors"
+    numbers = ["--num-prompts", 2, "--num-prompts", 7]
+    done = run(*building, "--output", output, *numbers, "--json")
+    assert done.code == 0, done.err
+    assert [entry["shape"] for entry in done.json] == [[2, 2, 48], [2, 7, 48]]
+    assert files(tmp_path) == {"new", "new/p2.safetensors", "new/p7.safetensors"}
+    for number, entry in zip((2, 7), done.json, strict=True):
+        path = tmp_path / "new" / f"p{number}.safetensors"
+        assert entry["output"] == str(path)
+        alone = tmp_path / "alone.safetensors"
+        assert run(*building, "--output", alone, "--num-prompts", number).code == 0
+        check_equal(load_file(path), load_file(alone))
+        metadata = spt_fast.Prototypes.load(path).metadata
+        assert (metadata["num_prompts"], metadata["images"], metadata["data"]) == (number, 12, "photos/train")
+    table = run(*building, "--output", output, *numbers)
+    assert table.code == 0 and "p2.safetensors" in table.out and "p7.safetensors" in table.out
+    # One number may be in the name too.
+    done = run(*building, "--output", output, "--num-prompts", 5, "--json")
+    assert done.json["output"] == str(tmp_path / "new" / "p5.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--output p --num-prompts 2 --num-prompts 7", ["must contain {num_prompts}", "2 files", "got p"]),
+        ("--output p{num_prompts} --num-prompts 2 --num-prompts 2", ["--num-prompts differ"]),
+        (
+            "--output p{num_prompts} --num-prompts 2 --num-prompts 7 --export-released r",
+            ["--export-released"],
+        ),
+        ("--output FOLDER{num_prompts} --num-prompts 2 --num-prompts 7", ["FOLDER7 is a folder"]),
+        ("--output p{num_prompts} --num-prompts 2 --num-prompts 0", ["num_prompts", "got 0"]),
+        ("--output p --token-budget lots", ["--token-budget must be auto or a size", "got 'lots'"]),
+        ("--output p --token-budget -5", ["--token-budget must be auto or a size", "got '-5'"]),
+        ("--output p --token-budget 8XB", ["got '8XB'"]),
+        ("--output p --token-cache FILE", ["--token-cache: FILE is a file"]),
+        ("--output p --token-cache FILE/inside", ["--token-cache: FILE is a file"]),
+    ],
+)
+def test_prototypes_that_are_refused(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("FILE").write_text("this is no folder")
+    Path("FOLDER7").mkdir()
+    before = files(tmp_path)
+    check_refused(run("prototypes", *TINY, "--data", photos, *arguments.split()), *words)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("auto", "auto"),
+        ("0", 0),
+        ("1000", 1000),
+        ("500MB", 500_000_000),
+        ("500M", 500_000_000),
+        ("8GiB", 8 << 30),
+        ("1.5 kiB", 1536),
+        ("2T", 2 * 10**12),
+        ("10B", 10),
+    ],
+)
+def test_sizes_as_people_write_them(text: str, size: int | str) -> None:
+    assert parse_bytes("--token-budget", text) == size
+
+
+def test_where_prototypes_keep_their_tokens(photos: Path, tmp_path: Path) -> None:
+    cache, output = tmp_path / "cache", tmp_path / "prompts"
+    building = ["prototypes", *TINY, "--data", photos, "--output", output, "--num-prompts", 3]
+    kept, found = {}, {}
+    for name, options in {
+        "memory": ["--token-budget", "1GiB"],
+        "disk": ["--token-budget", "10kB", "--token-cache", cache],
+        "nowhere": ["--token-budget", 0],
+    }.items():
+        done = run(*building, *options, "--json")
+        assert done.code == 0, done.err
+        assert done.json["images"] == 12
+        kept[name], found[name] = done.json["tokens_kept"], load_file(output)
+    assert kept["memory"] == "device memory: they take 72 KiB, and 1 GiB may be used"
+    assert kept["disk"].startswith("disk: they take more than the 9.77 KiB") and str(cache) in kept["disk"]
+    assert kept["nowhere"].startswith("nowhere: ")
+    check_equal(found["nowhere"], found["memory"])
+    torch.testing.assert_close(found["disk"]["inertia"], found["memory"]["inertia"], rtol=1e-2, atol=0)
+    assert files(tmp_path) == {"cache", "prompts"}
+    table = run(*building, "--token-budget", 0)
+    assert table.code == 0 and "nowhere: they take more than" in table.out
+
+
+def test_train_eval_predict(photos: Path, trained: Path) -> None:
     assert {
         *("best.safetensors", "last.safetensors", "prompts.safetensors", "metrics.csv", "config.json")
     } <= files(trained)
@@ -270,7 +257,7 @@ def test_train_eval_predict(run: Run, photos: Path, trained: Path) -> None:
     assert sum(colour in done.out.replace(str(pictures[0]), "") for colour in COLOURS) == 1
 
 
-def test_train_from_a_file_of_prototypes(run: Run, photos: Path, tmp_path: Path) -> None:
+def test_train_from_a_file_of_prototypes(photos: Path, tmp_path: Path) -> None:
     prompts, output = tmp_path / "prompts.safetensors", tmp_path / "run"
     assert run("prototypes", *TINY, "--data", photos, "--output", prompts, "--num-prompts", 3).code == 0
     given = ["train", *TINY, "--data", photos, "--prompts", prompts, "--pool", "avg", "--epochs", 1, "--json"]
@@ -283,7 +270,7 @@ def test_train_from_a_file_of_prototypes(run: Run, photos: Path, tmp_path: Path)
     assert done.code == 0 and "the prompts were built from another backbone" in done.err
 
 
-def test_a_random_backbone_is_the_same_again_for_its_seed(run: Run, photos: Path, tmp_path: Path) -> None:
+def test_a_random_backbone_is_the_same_again_for_its_seed(photos: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     done = run(
         *("train", *TINY, *TRAIN, "--data", photos, "--output", output, "--method", "uniform"),
@@ -298,7 +285,7 @@ def test_a_random_backbone_is_the_same_again_for_its_seed(run: Run, photos: Path
     assert done.json["accuracy"] == final
 
 
-def test_info(run: Run) -> None:
+def test_info() -> None:
     done = run("info", "--json")
     assert done.code == 0 and not done.err
     facts = done.json
@@ -310,7 +297,7 @@ def test_info(run: Run) -> None:
 
 
 def test_the_demo_command_has_the_demo_s_own_defaults(
-    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from spt_fast import demo
 
@@ -333,7 +320,7 @@ def test_the_demo_command_has_the_demo_s_own_defaults(
 # Unreadable images.
 
 
-def test_unreadable_images_are_counted_or_refused(run: Run, damaged: Path, tmp_path: Path) -> None:
+def test_unreadable_images_are_counted_or_refused(damaged: Path, tmp_path: Path) -> None:
     prompts, output = tmp_path / "prompts.safetensors", tmp_path / "run"
     building = ["prototypes", *TINY, "--data", damaged, "--output", prompts, "--num-prompts", 3, "--json"]
     check_refused(run(*building, "--strict"), "train/red/1.png")
@@ -361,7 +348,7 @@ def test_unreadable_images_are_counted_or_refused(run: Run, damaged: Path, tmp_p
 
 
 @pytest.mark.parametrize("command", ["prototypes", "train"])
-def test_nothing_readable(run: Run, tmp_path: Path, command: str) -> None:
+def test_nothing_readable(tmp_path: Path, command: str) -> None:
     for colour in ("red", "blue"):
         for split in ("train", "val"):
             (tmp_path / "bad" / split / colour).mkdir(parents=True)
@@ -405,7 +392,6 @@ def test_nothing_readable(run: Run, tmp_path: Path, command: str) -> None:
 )
 @pytest.mark.parametrize("command", ["prototypes", "train"])
 def test_bad_input(
-    run: Run,
     photos: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -426,7 +412,7 @@ def test_bad_input(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 @pytest.mark.parametrize("command", ["prototypes", "train", "demo"])
-def test_cuda_where_there_is_none(run: Run, photos: Path, tmp_path: Path, command: str) -> None:
+def test_cuda_where_there_is_none(photos: Path, tmp_path: Path, command: str) -> None:
     given = ["--output", tmp_path / "out"]
     if command != "demo":
         given += [*TINY, "--data", photos]
@@ -434,29 +420,26 @@ def test_cuda_where_there_is_none(run: Run, photos: Path, tmp_path: Path, comman
     assert not files(tmp_path)
 
 
-def test_a_backend_that_does_not_exist(
-    run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SPT_FAST_BACKEND", "bogus")
-    done = run("prototypes", *TINY, "--data", photos, "--output", tmp_path / "p.safetensors")
-    check_refused(done, "SPT_FAST_BACKEND=bogus", "torch")
+def test_a_backend_that_does_not_exist(photos: Path, tmp_path: Path) -> None:
+    arguments = ["prototypes", *TINY, "--data", photos, "--output", tmp_path / "p.safetensors"]
+    check_refused(run(*arguments, backend="bogus"), "SPT_FAST_BACKEND=bogus", "torch")
     assert not files(tmp_path)
 
 
-def test_output_of_prototypes_is_a_folder(run: Run, photos: Path, tmp_path: Path) -> None:
+def test_output_of_prototypes_is_a_folder(photos: Path, tmp_path: Path) -> None:
     done = run("prototypes", *TINY, "--data", photos, "--output", tmp_path)
     check_refused(done, str(tmp_path), "is a folder")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_output_folder_without_permission(run: Run, photos: Path, tmp_path: Path) -> None:
+def test_output_folder_without_permission(photos: Path, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     for command in ("prototypes", "train"):
         done = run(command, *TINY, "--data", photos, "--output", tmp_path / "new" / "out")
         check_refused(done, str(tmp_path), "cannot be written to")
 
 
-def test_prompts_that_do_not_fit(run: Run, photos: Path, tmp_path: Path) -> None:
+def test_prompts_that_do_not_fit(photos: Path, tmp_path: Path) -> None:
     wide, output = tmp_path / "wide.safetensors", tmp_path / "run"
     spt_fast.Prototypes(torch.randn(2, 3, 64)).save(wide)
     train = ["train", *TINY, "--data", photos, "--output", output, "--pool", "avg", "--epochs", 1]
@@ -477,14 +460,14 @@ def test_prompts_that_do_not_fit(run: Run, photos: Path, tmp_path: Path) -> None
         ("--val-split test --data FLAT", "split 'test' is not in"),
     ],
 )
-def test_bad_training_settings(run: Run, photos: Path, tmp_path: Path, change: str, word: str) -> None:
+def test_bad_training_settings(photos: Path, tmp_path: Path, change: str, word: str) -> None:
     changes = change.replace("FLAT", str(photos / "train")).split()
     done = run("train", *TINY, "--data", photos, "--output", tmp_path / "run", *changes)
     check_refused(done, word)
     assert not files(tmp_path)
 
 
-def test_adapters_that_do_not_fit(run: Run, photos: Path, trained: Path, tmp_path: Path) -> None:
+def test_adapters_that_do_not_fit(photos: Path, trained: Path, tmp_path: Path) -> None:
     adapter = trained / "last.safetensors"
     animals = make_photos(tmp_path / "two", colours=("blue", "red"))
     done = run("eval", "--adapter", adapter, "--data", animals, "--split", "test")
@@ -504,7 +487,7 @@ def test_adapters_that_do_not_fit(run: Run, photos: Path, trained: Path, tmp_pat
     check_refused(done, "another backbone", "weights")
 
 
-def test_an_earlier_run_is_not_overwritten_by_accident(run: Run, photos: Path, tmp_path: Path) -> None:
+def test_an_earlier_run_is_not_overwritten_by_accident(photos: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     train = ["train", *TINY, *TRAIN, "--data", photos, "--output", output, "--epochs", 1]
     assert run(*train).code == 0
@@ -516,162 +499,3 @@ def test_an_earlier_run_is_not_overwritten_by_accident(run: Run, photos: Path, t
     assert done.code == 0, done.err
     assert json.loads((output / "config.json").read_text())["start"]["method"] == "uniform"
     assert spt_fast.Prototypes.load(output / "prompts.safetensors").metadata["method"] == "uniform"
-
-
-# Interrupting and resuming.
-
-
-def interrupted_after(calls: int, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, with Ctrl-C when it has returned ``calls`` times."""
-    remaining = iter(range(calls - 1, -1, -1))
-
-    def wrapped(*arguments: Any, **keywords: Any) -> Any:
-        result = function(*arguments, **keywords)
-        if next(remaining) == 0:
-            raise KeyboardInterrupt
-        return result
-
-    return wrapped
-
-
-def test_prototypes_go_on_after_ctrl_c(
-    run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from spt_fast.prototypes_checkpoint import Checkpoint
-
-    straight, output = tmp_path / "straight.safetensors", tmp_path / "resumed.safetensors"
-    arguments = ["prototypes", *TINY, "--data", photos, "--num-prompts", 4, "--json", "--output"]
-    assert run(*arguments, straight).code == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoint, "add", interrupted_after(1, Checkpoint.add))
-        done = run(*arguments, output)
-    assert (
-        done.code == 130 and "--resume goes on" in done.err and "Traceback" not in done.err and not done.out
-    )
-    assert not output.exists() and output.with_name(output.name + ".partial").exists()
-    # One block is done and one is left.
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoint, "add", interrupted_after(2, Checkpoint.add))
-        done = run(*arguments, output, "--resume")
-    assert done.code == 0, done.err
-    check_equal(load_file(output), load_file(straight))
-    assert files(tmp_path) == {straight.name, output.name}
-
-
-def test_training_goes_on_after_ctrl_c(
-    run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from spt_fast import training_run
-
-    train = ["train", *TINY, *TRAIN, "--data", photos, "--epochs", 2, "--json", "--output"]
-    assert run(*train, tmp_path / "straight").code == 0
-    output = tmp_path / "resumed"
-    with monkeypatch.context() as patch:
-        patch.setattr(training_run, "save_adapter", interrupted_after(3, training_run.save_adapter))
-        done = run(*train, output)
-    assert (
-        done.code == 130 and "--resume goes on" in done.err and "Traceback" not in done.err and not done.out
-    )
-
-    # What would not be the same run is refused, also where an option is merely left out.
-    other = ["train", *TINY, "--data", photos, "--output", output, "--resume", "--epochs", 2]
-    check_refused(run(*other), "num_prompts=4", "num_prompts=20")
-    check_refused(run(*train, output, "--resume", "--method", "uniform"), "'kmeans'", "'uniform'")
-    check_refused(
-        run(*train, output, "--resume", "--lr", 3),
-        f"learning_rate={TrainingConfig.learning_rate}",
-        "learning_rate=3.0",
-    )
-    check_refused(run(*train, output, "--resume", "--pool", "token"), "pool='avg'", "pool='token'")
-    check_refused(run(*train, output, "--resume", "-k", "mlp_ratio=2"), "backbone=")
-    fewer = make_photos(tmp_path / "fewer", {"train": 2, "val": 2})
-    check_refused(run(*train, output, "--resume", "--data", fewer), "images=12", "images=6")
-    prompts = tmp_path / "other.safetensors"
-    spt_fast.Prototypes(torch.randn(2, 4, 48)).save(prompts)
-    without_start = [*TINY, "--data", photos, "--output", output, "--resume"]
-    check_refused(run("train", *without_start, "--prompts", prompts), "other prompts")
-
-    done = run(*train, output, "--resume")
-    assert done.code == 0, done.err
-    check_equal(last(output), last(tmp_path / "straight"))
-
-
-@pytest.fixture
-def environment() -> Iterator[dict[str, str]]:
-    yield {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "it ended before it could be stopped"
-        assert time.monotonic() < deadline, "it does not come to the point"
-        time.sleep(0.01)
-
-
-def test_training_goes_on_after_kill(
-    run: Run, photos: Path, tmp_path: Path, environment: dict[str, str]
-) -> None:
-    output = tmp_path / "killed"
-    train = ["train", *TINY, *TRAIN, "--data", str(photos), "--epochs", "30", "--json", "--output"]
-    command = [sys.executable, "-m", "spt_fast.cli", *train, str(output)]
-    with subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        wait_for((output / "checkpoint.pt").exists, process)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert not (output / "summary.json").exists(), "it was finished before it was killed"
-    # What is there can be read.
-    assert run("eval", "--adapter", output / "last.safetensors", "--data", photos).code == 0
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the other process: sums in another order are other sums
-    try:
-        assert run(*train, output, "--resume").code == 0
-        assert run(*train, tmp_path / "straight").code == 0
-    finally:
-        torch.set_num_threads(threads)
-    check_equal(last(output), last(tmp_path / "straight"))
-
-
-def test_as_a_process_of_its_own(photos: Path, tmp_path: Path, environment: dict[str, str]) -> None:
-    """Ctrl-C from a terminal, and the standard output of --json."""
-    output = tmp_path / "run"
-    train = [
-        "train",
-        *TINY,
-        *TRAIN,
-        "--data",
-        str(photos),
-        "--epochs",
-        "1000",
-        "--json",
-        "--output",
-        str(output),
-    ]
-    with subprocess.Popen(
-        [sys.executable, "-m", "spt_fast.cli", *train],
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        # A test run in the background of a script ignores Ctrl-C, and its children would as well.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    ) as process:
-        wait_for((output / "checkpoint.pt").exists, process)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and not out
-    assert "Traceback" not in err and "--resume goes on" in err
-    assert "/1000" in err, "no progress was shown"
-
-    done = subprocess.run(
-        [sys.executable, "-m", "spt_fast.cli", "eval", "--adapter", str(output / "last.safetensors")]
-        + ["--data", str(photos), "--json"],
-        env=environment,
-        text=True,
-        capture_output=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["images"] == 6
-    assert "evaluating" in done.stderr

@@ -46,6 +46,15 @@ def test_cmake_alone_builds_a_library_that_loads(tmp_path: Path) -> None:
         assert "warning" not in done.stdout + done.stderr
     library, reason = kmeans_cpu.load(native / kmeans_cpu.LIBRARY.name)
     assert library is not None and reason is None
+    if shutil.which("nm"):
+        # A function that several files may define (W, V, u) could be taken from the one for AVX-512 on every processor.
+        objects = [path for path in (tmp_path / "build").rglob("slice_*") if path.suffix in (".o", ".obj")]
+        assert len(objects) == 3
+        symbols = subprocess.run(
+            ["nm", "--demangle", *map(str, objects)], capture_output=True, text=True
+        ).stdout
+        assert "multiply" in symbols
+        assert not [line for line in symbols.splitlines() if line[17:18] in ("W", "V", "u")]
 
 
 @needs_compiler

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -192,7 +193,8 @@ def test_a_stream_interrupted_by_its_images_goes_on(backbone, job):
 @pytest.mark.parametrize("method", CLUSTERING)
 def test_states_are_saved_as_often_as_was_asked_for(backbone, job, monkeypatch, method):
     clock = iter(range(0, 10**6, 30))  # half a minute passes whenever anybody looks
-    monkeypatch.setattr(spt_fast.prototypes_checkpoint.time, "monotonic", lambda: next(clock))
+    time = SimpleNamespace(monotonic=lambda: next(clock))
+    monkeypatch.setattr(spt_fast.prototypes_checkpoint, "time", time)
     saves = []
     save = Checkpoint.save
     monkeypatch.setattr(Checkpoint, "save", lambda self, states: saves.append(1) or save(self, states))

@@ -3,8 +3,7 @@
 #include "kmeans.h"
 
 #include <algorithm>
-#include <memory>
-#include <new>
+#include <exception>
 #include <vector>
 
 #include "prepared.h"
@@ -38,7 +37,8 @@ class Call {
 public:
     Call(const SptFastTokens& call, const InstructionSet& instructions, bool with_sums)
         : call_(call), instructions_(instructions) {
-        tile_tokens_ = std::clamp(kTileFloats / padded_width() / kBlockTokens * kBlockTokens, kBlockTokens, kMaxTileTokens);
+        const int64_t fitting = kTileFloats / padded_width() / kBlockTokens * kBlockTokens;
+        tile_tokens_ = std::clamp(fitting, kBlockTokens, kMaxTileTokens);
         int64_t slices = call.count / kSliceTokens + 1;
         if (with_sums) slices = std::min(slices, kSliceSums / (call.layers * call.clusters * padded_width()) + 1);
         slice_tokens_ = round_up((call.count + slices - 1) / slices, tile_tokens_);
@@ -144,7 +144,7 @@ int32_t spt_fast_kmeans_step(const SptFastTokens* tokens, int32_t instruction_se
                              double* inertia) try {
     Call(*tokens, *kInstructionSets[instruction_set], true).step(sums, counts, inertia);
     return 0;
-} catch (const std::bad_alloc&) {
+} catch (const std::exception&) {
     return 1;
 }
 
@@ -152,6 +152,6 @@ int32_t spt_fast_kmeans_assign(const SptFastTokens* tokens, int32_t instruction_
                                float* sq_distances) try {
     Call(*tokens, *kInstructionSets[instruction_set], false).assign(labels, sq_distances);
     return 0;
-} catch (const std::bad_alloc&) {
+} catch (const std::exception&) {
     return 1;
 }

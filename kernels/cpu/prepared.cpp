@@ -97,17 +97,18 @@ void PreparedCentroids::set_bias() {
 }
 
 ThreadScratch::ThreadScratch(const CentroidLayout& layout, int64_t tile_tokens, int64_t clusters, int64_t width)
-    : floats_(tile_tokens * (4 * round_up(width, kWidestVector) + (layout.groups_per_panel + 3) * layout.lanes + 2) +
+    : floats_(tile_tokens * (4 * round_up(width, kWidestVector) + 2 * layout.lanes + 2) +
+              tile_tokens / 4 * (layout.groups_per_panel + 1) * layout.lanes +
               clusters * round_up(width, kWidestVector)),
-      integers_(tile_tokens * (layout.lanes + 2) + clusters) {
+      integers_(tile_tokens * 2 + tile_tokens / 4 * layout.lanes + clusters) {
     const int64_t padded = round_up(width, kWidestVector);
     float* floats = floats_.get();
     const auto take_floats = [&](int64_t count) { return std::exchange(floats, floats + count); };
     int32_t* integers = integers_.get();
     const auto take_integers = [&](int64_t count) { return std::exchange(integers, integers + count); };
     view_.products = take_floats(tile_tokens / 4 * layout.groups_per_panel * layout.lanes);
-    view_.best_score = take_floats(tile_tokens * layout.lanes);
-    view_.best_index = take_integers(tile_tokens * layout.lanes);
+    view_.best_score = take_floats(tile_tokens / 4 * layout.lanes);
+    view_.best_index = take_integers(tile_tokens / 4 * layout.lanes);
     view_.recent_sums = take_floats(clusters * padded);
     for (TileScratch& tile : view_.tiles) {
         tile.rows = take_floats(tile_tokens * padded);

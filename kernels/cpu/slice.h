@@ -39,10 +39,10 @@ struct TileScratch {
 
 // Buffers that belong to one thread.
 struct Scratch {
-    TileScratch tiles[2];  // this one and the one before
+    TileScratch tiles[2];  // the one that is multiplied and the one before
     float* products;       // [tokens / 4, groups_per_panel, lanes]: of tokens and centroids
-    float* best_score;     // [tokens / 4, lanes]
-    int32_t* best_index;   // [tokens / 4, lanes]
+    float* best_score;     // [tokens / 4, lanes]: the least score so far of each token in each place of a group
+    int32_t* best_index;   // [tokens / 4, lanes]: the centroids they belong to
     float* recent_sums;    // [K, padded_width]: sums of the last few tokens of each cluster; zero between slices
     int32_t* recent;       // [K]: how many those are
 };
@@ -65,9 +65,8 @@ struct Slice {
 };
 
 // How centroids lie in `packed` and `bias`. A vector of `lanes` floats holds four features of lanes / 4 centroids (a
-// group); the groups are cut into panels, whose products stay in registers together, and the features into slabs, of
-// which a panel stays in the first-level cache:
-//   packed [panel][slab][step of four features][group of the panel][centroid of the group][feature of the step]
+// group). The groups are cut into panels of about the same size, whose products stay in registers together:
+//   packed [panel][step of four features][group of the panel][centroid of the group][feature of the step]
 //   bias   [group][centroid of the group][4 equal values, one for each of four tokens]
 struct CentroidLayout {
     int lanes;

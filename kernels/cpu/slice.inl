@@ -6,8 +6,8 @@
 // repeated in every quarter, times four features of as many centroids, so that four tokens and some groups of centroids
 // need few registers and no shuffles until the end.
 //
-// Multiplying keeps the arithmetic units busy and the memory idle; adding up tokens does the opposite. So while a
-// tile is multiplied, the one before it, whose labels are known by then, is added up, and the one after it is fetched.
+// Multiplying keeps the arithmetic units busy and the memory idle; adding up tokens does the opposite. So while one tile
+// is multiplied, the tile before, whose labels are known by then, is added up, and what comes next is fetched.
 
 namespace spt_fast {
 namespace {
@@ -19,7 +19,7 @@ constexpr int kBlock = 4;  // tokens that are multiplied together
 
 // Features that are worked on together: few enough that what is needed of a panel and of the sums of a few dozen
 // clusters stays in the first-level cache, enough that starting and stopping costs little.
-constexpr int64_t kSlabWidth = 256;
+constexpr int64_t kSlabWidth = 192;
 
 // Memory is read so many blocks before they are multiplied.
 constexpr int64_t kBlocksAhead = 3;
@@ -54,72 +54,78 @@ inline bool usable_in_place(const Tokens& tokens) {
     return tokens.type == ElementType::float32 && tokens.feature_stride == 1 && tokens.width % kWidestVector == 0;
 }
 
-inline void copy_as_float(const Tokens& tokens, int64_t padded_width, const char* token, float* row) {
+// Features start .. start + width - 1 of a token, zero beyond the last.
+inline void copy_as_float(const Tokens& tokens, int64_t index, int64_t start, int64_t width, float* out) {
+    const char* token = token_at(tokens, index);
+    const int64_t real = smaller(width, tokens.width - start);
     int64_t d = 0;
     if (tokens.feature_stride == 1) {
-        const int64_t whole = tokens.width - tokens.width % kLanes;
-        const float* floats = reinterpret_cast<const float*>(token);
-        const uint16_t* halves = reinterpret_cast<const uint16_t*>(token);
+        const int64_t whole = real - real % kLanes;
+        const float* floats = reinterpret_cast<const float*>(token) + start;
+        const uint16_t* halves = reinterpret_cast<const uint16_t*>(token) + start;
         switch (tokens.type) {
             case ElementType::float32:
-                for (; d < whole; d += kLanes) Vector::load(floats + d).store(row + d);
+                for (; d < whole; d += kLanes) Vector::load(floats + d).store(out + d);
                 break;
             case ElementType::float16:
-                for (; d < whole; d += kLanes) Vector::load_float16(halves + d).store(row + d);
+                for (; d < whole; d += kLanes) Vector::load_float16(halves + d).store(out + d);
                 break;
             case ElementType::bfloat16:
-                for (; d < whole; d += kLanes) Vector::load_bfloat16(halves + d).store(row + d);
+                for (; d < whole; d += kLanes) Vector::load_bfloat16(halves + d).store(out + d);
                 break;
         }
     }
-    for (; d < tokens.width; ++d) row[d] = load_element(token, tokens.type, d * tokens.feature_stride);
-    for (; d < padded_width; ++d) row[d] = 0;
+    for (; d < real; ++d) out[d] = load_element(token, tokens.type, (start + d) * tokens.feature_stride);
+    for (; d < width; ++d) out[d] = 0;
 }
 
-Tile read_tile(const Slice& slice, int64_t first, const TileScratch& scratch) {
-    const Tokens& tokens = *slice.tokens;
+// A tile's place; what is not used where it lies is filled in slab by slab by read().
+inline Tile tile_at(const Slice& slice, int64_t first, const TileScratch& scratch) {
     const int64_t padded = slice.centroids->padded_width;
-    const int64_t count = smaller(slice.tile_tokens, slice.end - first);
-    Tile tile{first, count, scratch.rows, padded, scratch.shifted, padded, &scratch};
-    if (usable_in_place(tokens)) {
-        tile.rows = reinterpret_cast<const float*>(token_at(tokens, first));
-        tile.stride = tokens.token_stride;
-    } else {
-        for (int64_t t = 0; t < count; ++t) {
-            copy_as_float(tokens, padded, token_at(tokens, first + t), scratch.rows + t * padded);
-        }
+    Tile tile{first, smaller(slice.tile_tokens, slice.end - first), scratch.rows, padded, scratch.shifted, padded,
+              &scratch};
+    if (usable_in_place(*slice.tokens)) {
+        tile.rows = reinterpret_cast<const float*>(token_at(*slice.tokens, first));
+        tile.stride = slice.tokens->token_stride;
     }
-    if (const float* offset = slice.centroids->offset) {
-        for (int64_t t = 0; t < count; ++t) {
-            for (int64_t d = 0; d < padded; d += kLanes) {
-                const Vector difference = Vector::load(tile.rows + t * tile.stride + d) - Vector::load(offset + d);
-                difference.store(scratch.shifted + t * padded + d);
-            }
-        }
-    } else {
+    if (slice.centroids->offset == nullptr) {
         tile.shifted = tile.rows;
         tile.shifted_stride = tile.stride;
     }
     return tile;
 }
 
-// --- What can be done while a block is multiplied: a companion's next() is called once for each kWidestVector features
-// --- of each of its tokens, begin() and end() before and after the features of a token.
+inline void read(const Slice& slice, const Tile& tile, int64_t row, int64_t start, int64_t width) {
+    const int64_t padded = slice.centroids->padded_width;
+    if (!usable_in_place(*slice.tokens)) {
+        copy_as_float(*slice.tokens, tile.first + row, start, width, tile.found->rows + row * padded + start);
+    }
+    if (const float* offset = slice.centroids->offset) {
+        const float* features = tile.rows + row * tile.stride;
+        for (int64_t d = start; d < start + width; d += kLanes) {
+            const Vector difference = Vector::load(features + d) - Vector::load(offset + d);
+            difference.store(tile.found->shifted + row * padded + d);
+        }
+    }
+}
 
+// --- What is done while a block is multiplied ------------------------------------------------------------------------
+
+// A companion looks at a slab of four tokens: begin(t) is called for each, then next() for every kWidestVector features,
+// then end().
 struct NoCompanion {
     void begin(int) {}
     void next() {}
     void end() {}
 };
 
-// Fetches a block of the tile after the one that is multiplied.
+// Fetches tokens that will be multiplied later.
 struct Fetching {
     const Slice& slice;
-    int64_t first;  // token of the block
+    int64_t first;  // token
     int64_t start;  // feature
-
-    const char* next_bytes;
-    int64_t bytes;
+    int64_t bytes;  // of kWidestVector features
+    const char* next_bytes = nullptr;
 
     Fetching(const Slice& slice, int64_t first, int64_t start)
         : slice(slice), first(first), start(start), bytes(kWidestVector * element_bytes(slice.tokens->type)) {}
@@ -306,6 +312,7 @@ void find_labels(const Slice& slice, const Tile& tile, CompanionOf companion_of)
                 const float* token[kBlock];
                 for (int t = 0; t < kBlock; ++t) {
                     const int64_t row = smaller(block * kBlock + t, tile.count - 1);
+                    if (panel == 0) read(slice, tile, row, start, width);
                     token[t] = tile.shifted + row * tile.shifted_stride + start;
                 }
                 float* products = scratch.products + block * (kGroupsPerPanel * kLanes);
@@ -411,7 +418,7 @@ void step(const Slice& slice, SliceStep& found) {
     Tile previous{};
     int which = 0;
     for (int64_t first = slice.begin; first < slice.end; first += slice.tile_tokens) {
-        const Tile tile = read_tile(slice, first, scratch.tiles[which]);
+        const Tile tile = tile_at(slice, first, scratch.tiles[which]);
         which = 1 - which;
         if (previous.count == 0 || !Vector::kAddsWhileMultiplying) {
             find_labels(slice, tile, [&](int64_t block, int64_t start) {
@@ -435,7 +442,7 @@ void step(const Slice& slice, SliceStep& found) {
 
 void assign(const Slice& slice, int64_t* labels, float* sq_distances) {
     for (int64_t first = slice.begin; first < slice.end; first += slice.tile_tokens) {
-        const Tile tile = read_tile(slice, first, slice.scratch->tiles[0]);
+        const Tile tile = tile_at(slice, first, slice.scratch->tiles[0]);
         find_labels(slice, tile, [&](int64_t block, int64_t start) {
             return fetching_ahead(slice, tile, block, start);
         });

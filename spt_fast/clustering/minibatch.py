@@ -18,6 +18,9 @@ from spt_fast.clustering.stream import Stream
 from spt_fast.distributed import from_rank_0, in_step
 from spt_fast.errors import InputError
 
+# The share by which the smoothed inertia must fall to count as improved: less would follow the rounding of sums.
+IMPROVEMENT = 1e-4
+
 
 class MiniBatchKMeans(CentroidEstimator):
     """K-means over a stream (Sculley 2010), in scikit-learn's conventions, with an optional leading layer axis.
@@ -41,7 +44,7 @@ class MiniBatchKMeans(CentroidEstimator):
         max_iter: most passes of :meth:`fit` over the tokens.
         batch_size: tokens per step of :meth:`fit`.
         max_no_improvement: :meth:`fit` stops after this many batches in a row that did not lower the smoothed inertia
-            (the first pass is always completed); ``None`` never does.
+            by 0.01 % (the first pass is always completed); ``None`` never does.
         init_size: tokens in the sample; ``None`` is 1,024 per cluster, at most 65,536.
         n_init: how many seedings; the one with the lowest inertia on the sample is taken.
         reassignment_ratio: clusters with less than this share of the largest one's tokens are, in the end, tried
@@ -260,8 +263,9 @@ class _Patience:
         """Look at a batch's inertia per token ``[L]``; ``share`` is its part of all tokens."""
         weight = min(1.0, 2 * share)
         smoothed = inertia if self._smoothed is None else self._smoothed * (1 - weight) + inertia * weight
-        improved = self._best is None or bool((smoothed < self._best).any())
-        self._best = smoothed if self._best is None else torch.minimum(self._best, smoothed)
+        improved = self._best is None or bool((smoothed < (1 - IMPROVEMENT) * self._best).any())
+        if improved:
+            self._best = smoothed if self._best is None else torch.minimum(self._best, smoothed)
         self._smoothed = smoothed
         self._waited = 0 if improved else self._waited + 1
 

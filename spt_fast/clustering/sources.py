@@ -40,7 +40,7 @@ class Form:
             result = result[0]
         if not self.numpy:
             return result
-        array = result.cpu().numpy()
+        array = result.cpu().numpy()[()]  # a single number comes as such
         return array if dtype is None else array.astype(dtype, copy=False)
 
 
