@@ -15,8 +15,8 @@ from torch import Tensor
 from . import kmeans_cpu, kmeans_cuda, kmeans_torch, kmeans_triton
 from .backends import Backend, choose_backend
 
-# Best first; what cannot take the tokens at hand is passed over. Which of triton and cuda is the faster on a GPU has not
-# been measured; triton stands first because its compiler, not we, looks after the memory system.
+# Best first; what cannot take the tokens at hand is passed over. Which of triton and cuda is faster on a GPU has not been
+# measured; triton stands first because its compiler, not we, looks after the memory system.
 STEP_BACKENDS = {
     "cpu": Backend(kmeans_cpu.kmeans_step, kmeans_cpu.why_not),
     "triton": Backend(kmeans_triton.kmeans_step, kmeans_triton.why_not),

@@ -39,7 +39,8 @@ class ChosenImages:
     @property
     def read_only_once(self) -> bool:
         """Whether a second pass would find nothing."""
-        return isinstance(self._all, Iterator)  # and not iter(...) is ...: that may start a loader's processes
+        # iter(images) is images would tell as well, but may start a loader's processes.
+        return isinstance(self._all, Iterator)
 
     def __iter__(self) -> Iterator[Tensor]:
         kept: list[Tensor] = []

@@ -131,6 +131,7 @@ class TokenStore:
         return offset, tuple(bits.shape)
 
     def _mapped(self, offset: int, shape: tuple[int, ...]) -> Tensor:
+        assert self._file is not None
         bits = np.memmap(self._file, dtype=np.int16, mode="r+", offset=offset, shape=shape)
         return torch.from_numpy(bits).view(torch.bfloat16)
 

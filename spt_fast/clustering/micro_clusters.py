@@ -33,6 +33,7 @@ class MicroClusters:
         sample_weights: how much the tokens of the sample count, ``[L, n]``; ``None`` counts all alike.
 
     Example:
+        >>> import torch
         >>> from spt_fast.clustering import MiniBatchKMeans
         >>> tokens = torch.cat([torch.randn(900, 4), torch.randn(300, 4) + 20])
         >>> micro = MiniBatchKMeans(50, random_state=0).fit(tokens).micro_clusters_

@@ -124,6 +124,11 @@ class Reservoir:
             self._weights = weights.new_ones(tokens.shape[0], held)
         self._weights = _with(self._weights, weights, free, incoming, size)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Layers and features of the tokens; ``(0, 0)`` before the first."""
+        return (0, 0) if self._tokens is None else (self._tokens.shape[0], self._tokens.shape[2])
+
     def tokens(self) -> Tensor:
         """What is kept, ``[L, n, D]``, in the order of the stream."""
         if self._tokens is None:

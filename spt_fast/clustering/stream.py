@@ -63,8 +63,7 @@ class Stream:
     @property
     def shape(self) -> tuple[int, int]:
         """Layers and features of the tokens."""
-        tokens = self._reservoir.tokens()
-        return tokens.shape[0], tokens.shape[2]
+        return self._reservoir.shape
 
     @property
     def started(self) -> bool:
@@ -220,7 +219,7 @@ class Stream:
         given = self._given + counts
         # In float64: over a long stream the steps get small beside the centres.
         before = self._running.double()
-        gain = (sums - counts[..., None] * before) / given.clamp(min=1)[..., None]
+        gain = (sums - counts[..., None] * before) / torch.where(given > 0, given, 1)[..., None]
         self._running, self._given = (before + gain).float(), given
         return inertia
 
