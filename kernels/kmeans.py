@@ -15,8 +15,8 @@ from torch import Tensor
 from . import kmeans_cpu, kmeans_cuda, kmeans_torch, kmeans_triton
 from .backends import Backend, choose_backend
 
-# Best first; what cannot take the tokens at hand is passed over. Which of triton and cuda is faster on a GPU has not been
-# measured; triton stands first because its compiler, not we, looks after the memory system.
+# Best first; what cannot take the tokens at hand is passed over. Which of triton and cuda is faster on a GPU is not
+# known yet; triton stands first because its compiler, not we, looks after the memory system.
 STEP_BACKENDS = {
     "cpu": Backend(kmeans_cpu.kmeans_step, kmeans_cpu.why_not),
     "triton": Backend(kmeans_triton.kmeans_step, kmeans_triton.why_not),
@@ -104,6 +104,8 @@ def _check(x: Tensor, centroids: Tensor) -> None:
         raise ValueError(
             f"centroids must be {wanted} to match x {list(x.shape)}, got {list(centroids.shape)}"
         )
+    if x.shape[-1] == 0:
+        raise ValueError(f"x must have at least one feature, got {list(x.shape)}")
     if centroids.shape[-2] == 0:
         raise ValueError("centroids must hold at least one centroid, got K=0")
     if centroids.device != x.device:

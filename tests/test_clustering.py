@@ -365,6 +365,15 @@ def test_weights_count_in_relocation_as_in_scikit_learn():
     assert ours.inertia_.item() == pytest.approx(theirs.inertia_, rel=1e-3)
 
 
+def test_a_token_without_weight_is_no_place_for_an_empty_cluster():
+    tokens = clusters(4, 300, 6)
+    tokens[7] = 500.0
+    init = tokens[:4].clone()
+    init[0] = 1e4
+    fitted = KMeans(4, init=init).fit(tokens, sample_weight=torch.arange(300) != 7)
+    assert (fitted.counts_ > 0).all() and fitted.cluster_centers_.abs().max() < 50
+
+
 def test_seeds_are_drawn_where_the_weight_is():
     tokens = clusters(2, 400, 3, spread=30.0)
     weights = (tokens[:, 0] > tokens[:, 0].mean()).float()
@@ -701,12 +710,12 @@ def test_a_fit_goes_on_bit_by_bit_from_every_point(form):
             states.append(first.state_dict())
         kept = copy.deepcopy(states)
         assert len(states) > 8 and passes == sorted(passes) and passes[-1] <= 12
-        for state in states:
+        for done, state in enumerate(states, start=1):
             assert all(isinstance(value, Tensor) for value in state.values())
             second = KMeans(**parameters)
             second.load_state_dict(state)
-            for _ in second.fit_passes(source, **weight, resume=True):
-                pass
+            rest = list(second.fit_passes(source, **weight, resume=True))
+            assert passes[:done] + rest == passes
             assert torch.equal(second.cluster_centers_, whole.cluster_centers_)
             assert torch.equal(second.counts_, whole.counts_)
             assert torch.equal(second.inertia_, whole.inertia_)

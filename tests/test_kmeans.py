@@ -219,6 +219,7 @@ def test_an_op_leaves_its_inputs_alone(backend):
         (torch.zeros(5, 3), torch.zeros(1, 2, 3), r"centroids must be \['K', 3\] .*got \[1, 2, 3\]"),
         (torch.zeros(2, 5, 3), torch.zeros(3, 2, 3), r"centroids must be \[2, 'K', 3\] .*got \[3, 2, 3\]"),
         (torch.zeros(5, 3), torch.zeros(0, 3), "at least one centroid, got K=0"),
+        (torch.zeros(5, 0), torch.zeros(2, 0), r"x must have at least one feature, got \[5, 0\]"),
         (torch.zeros(5, 3), torch.zeros(2, 3, device="meta"), "centroids are on meta and x on cpu"),
     ],
 )

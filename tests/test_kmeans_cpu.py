@@ -231,11 +231,11 @@ def test_several_python_threads_may_call_at_once() -> None:
             if not all(torch.equal(one, other) for one, other in zip(found, wanted[number], strict=True)):
                 wrong.append(number)
 
-    callers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    callers = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(4)]
     for caller in callers:
         caller.start()
     for caller in callers:
-        caller.join(timeout=60)
+        caller.join(timeout=20)
     assert not wrong and not any(caller.is_alive() for caller in callers)
 
 

@@ -226,6 +226,9 @@ def test_fit_reports_what_all_tokens_say():
     assert fitted.counts_.tolist() == torch.bincount(fitted.labels_, minlength=5).tolist()
     assert fitted.inertia_.item() == pytest.approx(reached(tokens, fitted.cluster_centers_), rel=1e-6)
     assert fitted.inertia_ < 1.01 * min(lloyd(tokens, 5))
+    # Several passes have let every token into the sample once.
+    assert fitted.n_iter_ > 1
+    assert torch.equal(fitted.micro_clusters_.sample, streamed(tokens, 1000, 5).micro_clusters_.sample)
     fitted.partial_fit(tokens[:100])
     assert fitted.counts_.sum() == 20_100 and not hasattr(fitted, "labels_")
 

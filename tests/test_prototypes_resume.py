@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from tiny import Interrupted, ReIterable, batches, noise
 from torch import Tensor
 
@@ -103,6 +104,19 @@ def test_kmeans_interrupted_again_and_again(backbone, job, count):
     count["passes"] = 0
     check_equal(build_prototypes(backbone, batches(), **job, resume=True), whole)
     assert count["passes"] == passes - 5
+
+
+def test_passes_before_an_interruption_count_towards_max_iter(backbone, job, count):
+    job["max_iter"] = 5
+    with pytest.warns(ConvergenceWarning, match="max_iter=5"):
+        whole = build_prototypes(backbone, batches(), **job)
+    passes = count["passes"]
+    with pytest.raises(Interrupted):
+        build_prototypes(backbone, batches(), **job, progress=interrupt_at(PASSES, 4))
+    count["passes"] = 0
+    with pytest.warns(ConvergenceWarning, match="max_iter=5"):
+        check_equal(build_prototypes(backbone, batches(), **job, resume=True), whole)
+    assert count["passes"] == passes - 3
 
 
 def test_of_several_numbers_the_finished_ones_are_not_clustered_again(backbone, job, count):

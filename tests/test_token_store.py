@@ -222,7 +222,7 @@ def a_chunk_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tokens_that_are_kept_nowhere_give_the_same_prototypes(
     backbone: Any, a_chunk_a_batch: None, capture: Any
 ) -> None:
-    job: dict[str, Any] = {"num_prompts": [3, 8], "seed": 1, "capture": capture}
+    job: dict[str, Any] = {"num_prompts": [3, 200], "seed": 1, "capture": capture}
     kept = build_prototypes(backbone, batches(), token_budget=10**9, **job)
     source = ReIterable(batches())
     again = build_prototypes(backbone, source, token_budget=0, **job)

@@ -9,6 +9,9 @@ from torch import Tensor
 from spt_fast.distributed import gathered_numbers, gathered_rows, world
 
 
+PIECE = 1 << 20
+
+
 class Reservoir:
     """Keeps ``capacity`` tokens of a stream, every token seen so far being as likely to be among them as any other.
 
@@ -48,9 +51,11 @@ class Reservoir:
             tokens: ``[L, T, D]``; the same positions are kept in all layers.
             weights: ``[L, T]``, kept beside the tokens; tokens that come without count 1 beside those that come with.
         """
-        rows = self.chosen(tokens.shape[1], self.seen)
-        self.insert(*_picked(tokens, weights, rows), rows + self.seen)
-        self.seen += tokens.shape[1]
+        # In pieces: a random number takes several times its eight bytes while it is made.
+        for start in range(0, tokens.shape[1], PIECE):
+            rows = self.chosen(min(PIECE, tokens.shape[1] - start), self.seen)
+            self.insert(*_picked(tokens, weights, start + rows), rows + self.seen)
+            self.seen += min(PIECE, tokens.shape[1] - start)
 
     def add_from_all(self, tokens: Tensor, weights: Tensor | None = None) -> None:
         """:meth:`add` for several processes with the same reservoir: their tokens pass one process after the other, and
