@@ -8,7 +8,6 @@ from torch import Tensor
 
 from spt_fast.distributed import gathered_numbers, gathered_rows, world
 
-
 PIECE = 1 << 20
 
 
@@ -52,7 +51,7 @@ class Reservoir:
             weights: ``[L, T]``, kept beside the tokens; tokens that come without count 1 beside those that come with.
         """
         # In pieces: a random number takes several times its eight bytes while it is made.
-        for start in range(0, tokens.shape[1], PIECE):
+        for start in range(0, max(1, tokens.shape[1]), PIECE):
             rows = self.chosen(min(PIECE, tokens.shape[1] - start), self.seen)
             self.insert(*_picked(tokens, weights, start + rows), rows + self.seen)
             self.seen += min(PIECE, tokens.shape[1] - start)
