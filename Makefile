@@ -6,7 +6,7 @@ RUNS   ?= runs
 
 IN_VENV := $(VENV)/bin/python -m
 # The files that say what to install: when one of them changes, the installation is brought up to date.
-PACKAGING := setup.py pyproject.toml spt_fast/_version.py CMakeLists.txt $(wildcard kernels/cpu/* kernels/cuda/*)
+PACKAGING := setup.py pyproject.toml spt_fast/_version.py $(wildcard CMakeLists.txt kernels/cpu/* kernels/cuda/*)
 
 # A stamp is written after its step succeeded, so that a step that was interrupted is done again.
 VENV_READY := $(VENV)/.venv-ready

@@ -43,6 +43,9 @@ def run(*command: str | Path, cwd: Path) -> str:
     """Run a command that must succeed, away from the checkout and deaf to this process's Python settings."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment |= {"PYTHONNOUSERSITE": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {
+        "CMAKE_ARGS": "-DSPT_FAST_NVCC="
+    }  # machine code for GPUs takes a minute, and has a test of its own
     done = subprocess.run(
         [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
     )
@@ -65,10 +68,10 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what a build reads, without caches, leftovers and the link to the kernels."""
     copy = tmp_path_factory.mktemp("source") / "checkout"
     copy.mkdir()
-    leave_out = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    leave_out = shutil.ignore_patterns("__pycache__", "*.egg-info", "_native")
     for folder in ("spt_fast", "kernels", "benchmarks", "tests"):
         shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=leave_out)
-    for file in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+    for file in ("setup.py", "pyproject.toml", "MANIFEST.in", "CMakeLists.txt", "README.md", "LICENSE"):
         shutil.copy2(ROOT / file, copy)
     (copy / "spt_fast" / "kernels").unlink()
     return copy
@@ -128,6 +131,11 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path, checkout: Path) -
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {f"spt_fast/{file}" for file in python_files(checkout / "spt_fast")}
     expected |= {f"spt_fast/kernels/{file}" for file in python_files(checkout / "kernels")}
+    expected |= {
+        f"spt_fast/kernels/cuda/{path.name}" for path in (checkout / "kernels" / "cuda").glob("*.cu*")
+    }
+    # What a compiler made of the C++ sources has a test of its own, and is not there without one.
+    names = {name for name in names if not name.startswith("spt_fast/kernels/_native/")}
     expected |= {f"spt_fast/assets/{file}" for file in assets_of(checkout)}
     expected |= {"spt_fast/py.typed"}
     assert names == expected

@@ -62,7 +62,8 @@ void PreparedCentroids::prepare(const Tokens& tokens, const float* centroids, co
 
 void PreparedCentroids::copy_rows(const float* centroids) {
     for (int64_t k = 0; k < count_; ++k) {
-        std::fill(std::copy_n(centroids + k * width_, width_, rows_.at(k * padded_)), rows_.at((k + 1) * padded_), 0.0f);
+        float* end = std::copy_n(centroids + k * width_, width_, rows_.at(k * padded_));
+        std::fill(end, rows_.at((k + 1) * padded_), 0.0f);
     }
 }
 

@@ -6,7 +6,7 @@
 // repeated in every quarter, times four features of as many centroids, so that four tokens and some groups of centroids
 // need few registers and no shuffles until the end.
 //
-// Multiplying keeps the arithmetic units busy and the memory idle; adding up tokens does the opposite. So while one tile
+// Multiplying keeps the arithmetic units busy and the memory idle; adding up tokens does the opposite. So while a tile
 // is multiplied, the tile before, whose labels are known by then, is added up, and what comes next is fetched.
 
 namespace spt_fast {
@@ -111,8 +111,8 @@ inline void read(const Slice& slice, const Tile& tile, int64_t row, int64_t star
 
 // --- What is done while a block is multiplied ------------------------------------------------------------------------
 
-// A companion looks at a slab of four tokens: begin(t) is called for each, then next() for every kWidestVector features,
-// then end().
+// A companion looks at a slab of four tokens: begin(t) is called for each, then next() for every kWidestVector
+// features, then end().
 struct NoCompanion {
     void begin(int) {}
     void next() {}
@@ -196,8 +196,9 @@ struct FetchingAndAdding {
 
 // --- Products and labels ---------------------------------------------------------------------------------------------
 
-// Adds to `products` [kGroups] (or sets them, if `fresh`) the products of four tokens and a panel of kGroups groups over
-// `width` features, a multiple of kWidestVector. Lane 4 i + t is about token t and the centroid at place i of the group.
+// Adds to `products` [kGroups] (or sets them, if `fresh`) the products of four tokens and a panel of kGroups groups
+// over `width` features, a multiple of kWidestVector. Lane 4 i + t is about token t and the centroid at place i of its
+// group.
 template <int kGroups, typename Companion>
 __attribute__((noinline)) void multiply(const float* const token[kBlock], const float* packed, int64_t width,
                                         bool fresh, float* products, const Companion& its_companion) {
@@ -431,7 +432,8 @@ void step(const Slice& slice, SliceStep& found) {
                                          Adding(slice, previous, block, start)};
             });
         }
-        if (previous.count > 0) finish_tile(slice, previous, Vector::kAddsWhileMultiplying ? blocks_of(tile) : 0, found);
+        const int64_t blocks_added = Vector::kAddsWhileMultiplying ? blocks_of(tile) : 0;
+        if (previous.count > 0) finish_tile(slice, previous, blocks_added, found);
         previous = tile;
     }
     finish_tile(slice, previous, 0, found);
