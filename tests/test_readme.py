@@ -84,6 +84,19 @@ def test_the_programs_run(folder: Path) -> None:
     assert (folder / "runs" / "digits" / "last.safetensors").exists()
 
 
+def test_times_are_those_of_the_committed_results() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "kmeans-cpu.json").read_text())["rows"]
+    medians = [statistics.median(row["ms"]) for row in rows if "ms" in row]
+    assert len(medians) == 7
+    (ours,) = (
+        statistics.median(row["ms"])
+        for row in rows
+        if (row["peer"], row["dtype"]) == ("spt-fast cpu", "float32")
+    )
+    for median in medians:
+        assert f"| {median:.1f} | {median / ours:.1f}x |" in README
+
+
 @pytest.mark.parametrize("data", ["cifar10", "digits"])
 def test_accuracies_are_those_of_the_committed_results(data: str) -> None:
     results = json.loads((ROOT / "benchmarks" / "results" / f"starts-{data}.json").read_text())
