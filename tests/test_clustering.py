@@ -12,22 +12,12 @@ import torch
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.utils.estimator_checks import check_estimator
-from token_samples import clusters, noise, real_tokens
+from token_samples import assert_same_clustering, clusters, noise, real_tokens
 from torch import Tensor
 
 from spt_fast.clustering import KMeans, MicroClusters, MiniBatchKMeans, plus_plus, seeded_generator
 from spt_fast.errors import InputError
 from spt_fast.kernels import kmeans_step
-
-
-def assert_same_clustering(one: KMeans, other: KMeans) -> None:
-    """Up to float rounding."""
-    for name in ("cluster_centers_", "inertia_"):
-        ours, theirs = (np.asarray(getattr(each, name)) for each in (one, other))
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4, err_msg=name)
-    assert np.array_equal(np.asarray(one.counts_), np.asarray(other.counts_))
-    assert one.n_iter_ == other.n_iter_
-
 
 # --- scikit-learn's conventions ----------------------------------------------------------------------------------
 

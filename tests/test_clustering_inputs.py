@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.exceptions import ConvergenceWarning
-from token_samples import clusters, noise
+from token_samples import assert_same_clustering, clusters, noise
 from torch import Tensor
 
 from spt_fast.clustering import KMeans, MiniBatchKMeans
@@ -34,15 +34,6 @@ class Chunks:
         self.begun += 1
         yield from self._make()
         self.finished += 1
-
-
-def assert_same_clustering(one: KMeans, other: KMeans) -> None:
-    """Up to float rounding."""
-    for name in ("cluster_centers_", "inertia_"):
-        ours, theirs = (np.asarray(getattr(each, name)) for each in (one, other))
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4, err_msg=name)
-    assert np.array_equal(np.asarray(one.counts_), np.asarray(other.counts_))
-    assert one.n_iter_ == other.n_iter_
 
 
 def contents(value: Any) -> Any:

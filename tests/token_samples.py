@@ -1,4 +1,4 @@
-"""Tokens to cluster: made up, and of real images."""
+"""Tokens to cluster, made up and of real images, and when two clusterings of them are the same."""
 
 import zipfile
 from collections.abc import Iterator
@@ -6,12 +6,14 @@ from functools import cache
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from spt_fast.backbones import image_settings
+from spt_fast.clustering import KMeans
 from spt_fast.data import make_transform
 from spt_fast.tokens import stream_layer_tokens
 
@@ -25,6 +27,15 @@ def clusters(count: int, tokens: int, width: int, seed: int = 0, spread: float =
     centers = spread * noise(count, width, seed=seed)
     labels = torch.randint(count, (tokens,), generator=torch.Generator().manual_seed(seed + 1))
     return centers[labels] + noise(tokens, width, seed=seed + 2)
+
+
+def assert_same_clustering(one: KMeans, other: KMeans) -> None:
+    """Up to float rounding."""
+    for name in ("cluster_centers_", "inertia_"):
+        ours, theirs = (np.asarray(getattr(each, name)) for each in (one, other))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4, err_msg=name)
+    assert np.array_equal(np.asarray(one.counts_), np.asarray(other.counts_))
+    assert one.n_iter_ == other.n_iter_
 
 
 @cache
