@@ -26,17 +26,15 @@ class Backend:
     """One implementation of an op.
 
     Attributes:
-        run: called with the op's tensors.
+        run: called with the tensors of the op, or the module that holds the functions of its passes.
         why_not: called with the same tensors: why this implementation cannot take them here, or ``None`` if it can.
     """
 
-    run: Callable[..., Any]
+    run: Any
     why_not: Callable[..., str | None] = anywhere
 
 
-def choose_backend(
-    op: str, backends: Mapping[str, Backend], backend: str | None, *tensors: Tensor
-) -> Callable[..., Any]:
+def choose_backend(op: str, backends: Mapping[str, Backend], backend: str | None, *tensors: Tensor) -> Any:
     """The implementation of ``op`` to run.
 
     Args:
