@@ -6,7 +6,7 @@ Knows tensors only: no model, no data set, no file. Installed as ``spt_fast.kern
 import torch
 
 from . import attention, kmeans
-from .attention import prompt_attention
+from .attention import prompt_attention, prompt_attention_packed
 from .backends import BackendError
 from .kmeans import KMeansStep, kmeans_assign, kmeans_step
 
@@ -17,6 +17,7 @@ __all__ = [
     "kmeans_assign",
     "kmeans_step",
     "prompt_attention",
+    "prompt_attention_packed",
     "unavailable_backends",
 ]
 

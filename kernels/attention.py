@@ -1,6 +1,6 @@
 """prompt_attention: attention of an image's tokens over the prompts and over themselves.
 
-Both forms are registered with ``torch.library`` (``spt_fast::prompt_attention``, ``spt_fast::prompt_attention_packed``),
+Both forms are ops of ``torch.library``, ``spt_fast::prompt_attention`` and ``spt_fast::prompt_attention_packed``,
 each with its backward pass as an op of its own, so that ``torch.compile`` takes them as they are.
 """
 

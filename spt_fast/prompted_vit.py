@@ -1,26 +1,25 @@
 """PromptedViT: a frozen vision transformer, a few learnable prompts, and a linear head.
 
-The deep form is exact but does less than it looks: a deep prompt's output is thrown away (Eq. 6, 13), so a prompt
-never needs a query, an output projection or an MLP. All it gives a block is a key and a value, and these do not depend
-on the image: they are computed once for the whole batch.
+The deep form is exact but does less than it looks: prompts are no rows of the sequence (see
+:mod:`spt_fast.prompted_block`), the last block computes only the rows that the pooling reads, and no gradient flows
+into the tokens that enter the first block.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
-import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from spt_fast.backbones import check_backbone, embed, final_norm, freeze
+from spt_fast.backbones import check_backbone, embed, freeze
 from spt_fast.errors import InputError
-from spt_fast.kernels import prompt_attention
+from spt_fast.pooling import Pool, pooled, reads_prefix_only
+from spt_fast.prompted_block import prompt_keys_values, prompted_block
 from spt_fast.prototypes import Prototypes
-
-Pool = Literal["token", "avg", "avg_with_prompts"]
 
 
 class PromptedViT(nn.Module):
@@ -38,6 +37,8 @@ class PromptedViT(nn.Module):
             outputs included, then the final norm (as the released code of SPT does for MAE).
         train_prompts: ``False`` keeps the prompts as they are and trains the head alone (Table 4a).
         prompt_dropout: dropout on the prompts' entries in training, drawn for every image as in VPT.
+        checkpoint_blocks: keep only what enters each block for the backward pass and compute the block again there:
+            a fraction of the memory for a third more time.
 
     Attributes:
         prompts: the one parameter of learnable prompts, ``[L, P, D]`` or ``[1, P, D]``.
@@ -65,6 +66,7 @@ class PromptedViT(nn.Module):
         pool: Pool | None = None,
         train_prompts: bool = True,
         prompt_dropout: float = 0.0,
+        checkpoint_blocks: bool = False,
     ) -> None:
         super().__init__()
         check_backbone(backbone)
@@ -84,6 +86,7 @@ class PromptedViT(nn.Module):
             raise InputError(f"prompt_dropout must be in [0, 1), got {prompt_dropout}")
         self.backbone = freeze(backbone)
         self.pool = pool
+        self.checkpoint_blocks = checkpoint_blocks
         self.classes: list[str] | None = None
         dtype = torch.promote_types(values.dtype, torch.float32)
         self.prompts = nn.Parameter(values.detach().to(dtype, copy=True), requires_grad=train_prompts)
@@ -128,31 +131,38 @@ class PromptedViT(nn.Module):
         """What the head sees: ``[B, D]``."""
         x = embed(self.backbone, images)
         x, prompt_outputs = self._deep(x) if self.deep else self._shallow(x)
-        if self.pool is None:
-            return self.backbone.forward_head(self.backbone.norm(x), pre_logits=True)
-        if self.pool == "token":
-            pooled = x[:, 0]
-        elif self.pool == "avg":
-            pooled = x[:, self.backbone.num_prefix_tokens :].mean(dim=1)
-        else:
-            averaged = x[:, 1:] if self.backbone.has_class_token else x
-            pooled = torch.cat([prompt_outputs, averaged], dim=1).mean(dim=1)
-        return final_norm(self.backbone)(pooled)
+        return pooled(self.backbone, self.pool, x, prompt_outputs)
 
-    def _deep(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Eq. 6/13. Returns the image's own tokens ``[B, N, D]`` and the last block's prompt outputs, which are only
-        computed where the pooling needs them (``[B, 0, D]`` elsewhere)."""
+    def _deep(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Eq. 6/13. Returns the image's own tokens, of the last block only those that the pooling reads, and the last
+        block's prompt outputs where it reads them."""
         *blocks, last = self.backbone.blocks
         for block, prompts in zip(blocks, self.prompts, strict=False):
-            x = prompted_block(block, x, self._block_prompts(prompts, x))
+            x = self._run(block, x, self._block_prompts(prompts, x))
         prompts = self._block_prompts(self.prompts[-1], x)
-        if self.pool != "avg_with_prompts":
-            return prompted_block(last, x, prompts), x[:, :0]
-        return self._split(last(self._join(x, prompts)))
+        num_tokens = x.shape[1]
+        if self.pool == "avg_with_prompts":
+            x = self._run(last, x, prompts, torch.cat([x, prompts.expand(x.shape[0], -1, -1)], dim=1))
+            return x[:, :num_tokens], x[:, num_tokens:]
+        if reads_prefix_only(self.backbone, self.pool):
+            return self._run(last, x, prompts, x[:, : self.backbone.num_prefix_tokens]), None
+        return self._run(last, x, prompts), None
 
     def _shallow(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Eq. 4-5/11-12: prompts are ordinary rows of the sequence all the way."""
-        return self._split(self.backbone.blocks(self._join(x, self._block_prompts(self.prompts[0], x))))
+        """Eq. 4-5/11-12: prompts are ordinary rows of the sequence all the way, so none of theirs can be left out.
+        They stand behind the others: attention does not look at the order of its rows."""
+        num_tokens = x.shape[1]
+        x = torch.cat([x, self._block_prompts(self.prompts[0], x).expand(x.shape[0], -1, -1)], dim=1)
+        for block in self.backbone.blocks:
+            x = self._run(block, x)
+        return x[:, :num_tokens], x[:, num_tokens:]
+
+    def _run(
+        self, block: nn.Module, x: Tensor, prompts: Tensor | None = None, queries: Tensor | None = None
+    ) -> Tensor:
+        if self.checkpoint_blocks and torch.is_grad_enabled():
+            return checkpoint(_block_with_prompts, block, x, prompts, queries, use_reentrant=False)
+        return _block_with_prompts(block, x, prompts, queries)
 
     def _block_prompts(self, prompts: Tensor, x: Tensor) -> Tensor:
         """Prompts of one block as it takes them: ``[P, D]``, or ``[B, P, D]`` where dropout makes them differ."""
@@ -160,48 +170,10 @@ class PromptedViT(nn.Module):
             prompts = self.prompt_dropout(prompts.expand(x.shape[0], -1, -1))
         return prompts.to(x.dtype)
 
-    def _join(self, x: Tensor, prompts: Tensor) -> Tensor:
-        prefix = self.backbone.num_prefix_tokens
-        return torch.cat([x[:, :prefix], prompts.expand(x.shape[0], -1, -1), x[:, prefix:]], dim=1)
 
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        prefix, end = self.backbone.num_prefix_tokens, self.backbone.num_prefix_tokens + self.num_prompts
-        return torch.cat([x[:, :prefix], x[:, end:]], dim=1), x[:, prefix:end]
-
-
-def prompted_block(block: Any, x: Tensor, prompts: Tensor) -> Tensor:
-    """A timm block over ``[x, prompts]`` of which only the rows of ``x`` are wanted.
-
-    Args:
-        block: timm's pre-norm ``Block``, in eval mode.
-        x: ``[B, N, D]``.
-        prompts: ``[P, D]``, shared by the batch, or ``[B, P, D]``.
-
-    Returns:
-        ``[B, N, D]``: what ``block(cat([x, prompts], dim=1))[:, :N]`` gives.
-    """
-    attn = block.attn
-    width = attn.qkv.out_features // 3
-    hidden = block.norm1(x)
-    q, k, v = (_heads(t, attn.num_heads) for t in attn.qkv(hidden).split(width, dim=-1))
-    # Prompts get no query: the first third of the projection is never computed for them.
-    bias = None if attn.qkv.bias is None else attn.qkv.bias[width:]
-    prompt_kv = F.linear(block.norm1(prompts), attn.qkv.weight[width:], bias)
-    prompt_k, prompt_v = (_heads(t, attn.num_heads) for t in prompt_kv.split(width, dim=-1))
-    # Under autocast a query or key norm answers in float32 where the values stay in the low precision.
-    q, k, prompt_k = (t.to(v.dtype) for t in (attn.q_norm(q), attn.k_norm(k), attn.k_norm(prompt_k)))
-    out = prompt_attention(q, k, v, prompt_k, prompt_v, scale=attn.scale)
-    out = attn.norm(out.transpose(1, 2).flatten(2))
-    gate = getattr(attn, "gate", None)
-    if gate is not None:
-        out = out * gate(hidden).sigmoid()
-    x = x + block.ls1(attn.proj(out))
-    return x + block.ls2(block.mlp(block.norm2(x)))
-
-
-def _heads(x: Tensor, num_heads: int) -> Tensor:
-    """``[.., N, H * d]`` to ``[.., H, N, d]``."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(-3, -2)
+def _block_with_prompts(block: Any, x: Tensor, prompts: Tensor | None, queries: Tensor | None) -> Tensor:
+    keys_values = None if prompts is None else prompt_keys_values(block, prompts)
+    return prompted_block(block, x, keys_values, queries=queries)
 
 
 def _check_prompts(values: Tensor, backbone: VisionTransformer) -> None:
