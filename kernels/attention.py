@@ -69,8 +69,10 @@ def prompt_attention(
     q, k, v, prompt_k, prompt_v = _autocast(q, k, v, prompt_k, prompt_v)
     _check_own(q, k, v)
     batch, heads, _, width = q.shape
-    prompt_k, prompt_v = _check_prompts(q, batch, heads, width, prompt_k, prompt_v, prompt_index)
-    index, lengths = _check_sets(q, batch, prompt_k, prompt_index, prompt_lengths)
+    prompt_k, prompt_v = _check_prompts(
+        q, batch, heads, width, prompt_k, prompt_v, prompt_index, prompt_lengths
+    )
+    index, lengths = _check_sets(q, prompt_k, prompt_index, prompt_lengths)
     scale = width**-0.5 if scale is None else float(scale)
     return _op(q, k, v, prompt_k, prompt_v, index, lengths, scale, backend)[0]
 
@@ -113,8 +115,10 @@ def prompt_attention_packed(
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv must be [B, N, 3, H, d], got {list(qkv.shape)}")
     batch, _, _, heads, width = qkv.shape
-    prompt_k, prompt_v = _check_prompts(qkv, batch, heads, width, prompt_k, prompt_v, prompt_index)
-    index, lengths = _check_sets(qkv, batch, prompt_k, prompt_index, prompt_lengths)
+    prompt_k, prompt_v = _check_prompts(
+        qkv, batch, heads, width, prompt_k, prompt_v, prompt_index, prompt_lengths
+    )
+    index, lengths = _check_sets(qkv, prompt_k, prompt_index, prompt_lengths)
     scale = width**-0.5 if scale is None else float(scale)
     return _packed_op(qkv, prompt_k, prompt_v, index, lengths, scale, backend)[0]
 
@@ -147,6 +151,7 @@ def _check_prompts(
     prompt_k: Tensor,
     prompt_v: Tensor,
     prompt_index: Tensor | None,
+    prompt_lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The prompts as sets ``[S, H, P, d]``."""
     first = "q" if own.ndim == 4 else "qkv"
@@ -165,6 +170,8 @@ def _check_prompts(
         raise ValueError(
             f"prompt_k must be [{heads}, P, {width}] or [{batch}, {heads}, P, {width}] to match {first}, got {shape}"
         )
+    if prompt_lengths is not None and prompt_k.ndim == 3:
+        raise ValueError(f"prompt_lengths needs prompt_k with four dimensions, got {shape}")
     if prompt_v.shape != prompt_k.shape:
         raise ValueError(f"prompt_v must have the shape of prompt_k, {shape}, got {list(prompt_v.shape)}")
     for name, tensor in (("prompt_k", prompt_k), ("prompt_v", prompt_v)):
@@ -173,12 +180,12 @@ def _check_prompts(
 
 
 def _check_sets(
-    own: Tensor, batch: int, prompt_k: Tensor, prompt_index: Tensor | None, prompt_lengths: Tensor | None
+    own: Tensor, prompt_k: Tensor, prompt_index: Tensor | None, prompt_lengths: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Index and lengths as int64."""
     checked = []
     for name, tensor, length in (
-        ("prompt_index", prompt_index, batch),
+        ("prompt_index", prompt_index, own.shape[0]),
         ("prompt_lengths", prompt_lengths, prompt_k.shape[0]),
     ):
         if tensor is not None:
@@ -200,9 +207,13 @@ def _check_kind(name: str, tensor: Tensor, other_name: str, other: Tensor) -> No
         )
 
 
-def _run(inputs: AttentionInputs, backend: str | None) -> Any:
+def _run(which_pass: str, inputs: AttentionInputs, backend: str | None, *others: Any) -> Any:
+    """One pass of the chosen backend."""
     tensors = (inputs.q, inputs.k, inputs.v, inputs.prompt_k, inputs.prompt_v)
-    return choose_backend("prompt_attention", BACKENDS, backend, *tensors)
+    chosen = choose_backend("prompt_attention", BACKENDS, backend, *tensors)
+    # Autocast has done its work at the door; products inside know best what they need.
+    with torch.autocast(inputs.q.device.type, enabled=False):
+        return getattr(chosen, which_pass)(inputs, *others)
 
 
 def _forward(inputs: AttentionInputs, backend: str | None) -> tuple[Tensor, Tensor]:
@@ -216,7 +227,7 @@ def _forward(inputs: AttentionInputs, backend: str | None) -> tuple[Tensor, Tens
             )
     batch, heads, num_queries, width = inputs.q.shape
     out = inputs.q.new_empty(batch, num_queries, heads, width)
-    lse = _run(inputs, backend).forward(inputs, out.transpose(1, 2))
+    lse = _run("forward", inputs, backend, out.transpose(1, 2))
     return out, lse
 
 
@@ -257,7 +268,7 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = AttentionInputs(q, k, v, prompt_k, prompt_v, prompt_index, prompt_lengths, scale)
     own = [_like_rows(t) if needed else None for t, needed in zip((q, k, v), needs, strict=False)]
-    prompts = _run(inputs, backend).backward(inputs, grad_out, out, lse, *own, *needs[3:])
+    prompts = _run("backward", inputs, backend, grad_out, out, lse, *own, *needs[3:])
     grad_q, grad_k, grad_v, grad_prompt_k, grad_prompt_v = (
         q.new_empty(0) if gradient is None else gradient for gradient in (*own, *prompts)
     )
@@ -297,7 +308,7 @@ def _packed_backward_op(
     grad_qkv = qkv.new_empty(qkv.shape if needs[0] else 0)
     own = _unpack(grad_qkv) if needs[0] else (None, None, None)
     grad_out, out = grad_out.transpose(1, 2), out.transpose(1, 2)
-    prompts = _run(inputs, backend).backward(inputs, grad_out, out, lse, *own, *needs[1:])
+    prompts = _run("backward", inputs, backend, grad_out, out, lse, *own, *needs[1:])
     grad_prompt_k, grad_prompt_v = (
         qkv.new_empty(0) if gradient is None else gradient for gradient in prompts
     )

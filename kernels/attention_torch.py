@@ -7,6 +7,7 @@ the batch. Scores and their gradients are at least float32; operands of the othe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -18,20 +19,25 @@ from .attention_inputs import AttentionInputs
 SCORES_ON_CPU = 1 << 20
 SCORES_ELSEWHERE = 1 << 28
 
+LN_2 = math.log(2)
+
 
 def forward(inputs: AttentionInputs, out: Tensor) -> Tensor:
     """Write the attention into ``out`` ``[B, H, Nq, d]``; returns the log-sum-exp of the scores ``[B, H, Nq]``."""
     lse = out.new_empty(out.shape[:-1], dtype=torch.promote_types(out.dtype, torch.float32))
     for images in _pieces(inputs):
         keys, values = _keys_and_values(inputs, images)
-        scores = _scores(inputs, images, keys)
-        weights = scores.softmax(dim=-1)
-        out[images] = weights.to(values.dtype) @ values
-        if scores.shape[-1]:
-            # The highest weight is exp(highest score - lse).
-            lse[images] = scores.amax(dim=-1) - weights.amax(dim=-1).log()
-        else:
-            lse[images] = -torch.inf
+        if not keys.shape[2]:
+            out[images], lse[images] = 0, -torch.inf
+            continue
+        scores = _scores_base_2(inputs, images, keys)
+        # Clamped, so that a query without any key gets zeros.
+        highest = scores.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
+        powers = scores.sub_(highest).exp2_()
+        total = powers.sum(dim=-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).tiny)
+        weights = torch.div(powers, total, out=torch.empty_like(powers, dtype=values.dtype))
+        out[images] = weights @ values
+        lse[images] = (highest.mul_(LN_2) + total.log_()).squeeze(-1)
     return lse
 
 
@@ -53,10 +59,12 @@ def backward(
         torch.zeros_like(inputs.prompt_k, dtype=accumulate) if needed else None
         for needed in (needs_prompt_k, needs_prompt_v)
     )
+    lowest = torch.finfo(accumulate).min
     needs_scores = needs_prompt_k or grad_q is not None or grad_k is not None
     for images in _pieces(inputs):
         keys, values = _keys_and_values(inputs, images)
-        weights = _scores(inputs, images, keys).softmax(dim=-1)
+        scores = _scores_base_2(inputs, images, keys)
+        weights = scores.sub_(lse[images].mul(1 / LN_2).clamp_(min=lowest).unsqueeze(-1)).exp2_()
         upstream = grad_out[images]
         if needs_prompt_v or grad_v is not None:
             grad_values = weights.to(q.dtype).transpose(-1, -2) @ upstream
@@ -66,10 +74,13 @@ def backward(
                 _add_prompts(sums_v, inputs, images, grad_values[:, :, :num_prompts])
         if not needs_scores:
             continue
-        grad_weights = upstream.to(accumulate) @ values.to(accumulate).transpose(-1, -2)
+        # What all values have in common adds the same to all weights' gradients of a query, which softmax does not
+        # see. Without it the rest survives the rounding of this product.
+        values = values - values.mean(dim=2, keepdim=True)
+        grad_weights = (upstream @ values.transpose(-1, -2)).to(accumulate)
         # d softmax: w * (g - sum(w * g)), in one pass.
         grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, accumulate)
-        grad_scores = grad_scores.mul_(inputs.scale).to(q.dtype)
+        grad_scores = torch.mul(grad_scores, inputs.scale, out=torch.empty_like(grad_scores, dtype=q.dtype))
         if grad_q is not None:
             grad_q[images] = grad_scores @ keys
         if needs_prompt_k or grad_k is not None:
@@ -101,23 +112,32 @@ def _keys_and_values(inputs: AttentionInputs, images: slice) -> tuple[Tensor, Te
         prompts = [t.expand(count, -1, -1, -1) for t in (inputs.prompt_k, inputs.prompt_v)]
     else:
         prompts = [inputs.prompt_k[images], inputs.prompt_v[images]]
+    missing = _missing(inputs, images)
+    if missing is not None:  # whatever they hold, if it is no number at all
+        prompts = [t.masked_fill(missing[..., None], 0) for t in prompts]
     own = (inputs.k[images], inputs.v[images])
     keys, values = (torch.cat(pair, dim=2) for pair in zip(prompts, own, strict=True))
     return keys, values
 
 
-def _scores(inputs: AttentionInputs, images: slice, keys: Tensor) -> Tensor:
-    """``[b, H, Nq, P + N]``, minus infinity where a set has fewer prompts than P."""
+def _scores_base_2(inputs: AttentionInputs, images: slice, keys: Tensor) -> Tensor:
+    """Scores in units in which softmax takes powers of 2 ``[b, H, Nq, P + N]``: torch is faster at those."""
     accumulate = torch.promote_types(keys.dtype, torch.float32)
-    queries = inputs.q[images].to(accumulate) * inputs.scale
+    queries = inputs.q[images].to(accumulate) * (inputs.scale / LN_2)
     scores = queries @ keys.to(accumulate).transpose(-1, -2)
-    if inputs.prompt_lengths is not None:
-        lengths = inputs.prompt_lengths
-        lengths = lengths[images] if inputs.prompt_index is None else lengths[inputs.prompt_index[images]]
-        num_prompts = inputs.prompt_k.shape[2]
-        missing = torch.arange(num_prompts, device=lengths.device) >= lengths[:, None]
-        scores[..., :num_prompts].masked_fill_(missing[:, None, None], -torch.inf)
+    missing = _missing(inputs, images)
+    if missing is not None:
+        scores[..., : inputs.prompt_k.shape[2]].masked_fill_(missing[:, :, None], -torch.inf)
     return scores
+
+
+def _missing(inputs: AttentionInputs, images: slice) -> Tensor | None:
+    """Which of the images' prompts there are not ``[b, 1, P]``."""
+    lengths = inputs.prompt_lengths
+    if lengths is None:
+        return None
+    lengths = lengths[images] if inputs.prompt_index is None else lengths[inputs.prompt_index[images]]
+    return torch.arange(inputs.prompt_k.shape[2], device=lengths.device) >= lengths[:, None, None]
 
 
 def _add_prompts(sums: Tensor, inputs: AttentionInputs, images: slice, gradients: Tensor) -> None:

@@ -57,7 +57,7 @@ def prompted_block(
         queries: tokens ``[B, Nq, D]`` whose outputs are wanted; ``None``: ``x`` itself.
 
     Returns:
-        ``[B, N, D]`` or ``[B, Nq, D]``: what ``block(cat([x, prompt tokens], dim=1))`` gives in the rows of ``queries``.
+        ``[B, N, D]`` or ``[B, Nq, D]``: what the block gives for these tokens with the prompts in its sequence.
     """
     attn = block.attn
     hidden = block.norm1(x)
@@ -101,4 +101,3 @@ def _project(attn: Any, hidden: Tensor, first: int = 0, last: int = 3) -> Tensor
     bias = None if attn.qkv.bias is None else attn.qkv.bias[rows]
     projected = F.linear(hidden, attn.qkv.weight[rows], bias)
     return projected.unflatten(-1, (last - first, attn.num_heads, -1))
-

@@ -6,9 +6,10 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from spt_fast.kernels import BackendError, available_backends, prompt_attention
+from spt_fast.kernels import BackendError, attention_torch, available_backends, prompt_attention
 
 NAMES = ("q", "k", "v", "prompt_k", "prompt_v")
 
@@ -77,25 +78,66 @@ def test_gradcheck(shared: bool) -> None:
     assert torch.autograd.gradcheck(prompt_attention, inputs)
 
 
-@pytest.mark.parametrize(
-    "dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-2)]
-)
-def test_low_precision(dtype: torch.dtype, tolerance: float) -> None:
-    rounded = [tensor.to(dtype) for tensor in tensors(2, 3, 17, 17, 5, 40, True)]
-    expected = prompt_attention(*(tensor.double() for tensor in rounded))
-    got = prompt_attention(*rounded)
-    assert got.dtype == dtype
-    assert (got.double() - expected).norm() <= tolerance * expected.norm()
+PRECISIONS = [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-2)]
 
 
-def test_strided_inputs() -> None:
-    generator = torch.Generator().manual_seed(0)
-    packed = torch.randn(2, 7, 3, 2, 8, generator=generator, dtype=torch.float64)
-    q, k, v = packed.permute(2, 0, 3, 1, 4)
-    prompt = torch.randn(2, 4, 2, 8, generator=generator, dtype=torch.float64).permute(0, 2, 1, 3)
-    got = prompt_attention(q, k, v, prompt[0], prompt[1])
-    contiguous = [tensor.contiguous() for tensor in (q, k, v, prompt[0], prompt[1])]
-    torch.testing.assert_close(got, written_out(*contiguous, scale=8**-0.5), rtol=1e-12, atol=1e-12)
+def relative_errors(inputs: list[Tensor], dtype: torch.dtype) -> list[float]:
+    """Of the output and the five gradients in ``dtype``, against the definition in float64 on the same numbers."""
+    rounded = [tensor.to(dtype) for tensor in inputs]
+    passes = []
+    for function, leaves in (
+        (prompt_attention, [t.clone().requires_grad_() for t in rounded]),
+        (concatenated, [t.double().requires_grad_() for t in rounded]),
+    ):
+        out = function(*leaves)
+        cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(out.dtype)
+        passes.append([out, *torch.autograd.grad(out, leaves, cotangent)])
+    assert all(ours.dtype == dtype for ours in passes[0])
+    return [
+        ((ours.double() - expected).norm() / expected.norm()).item()
+        for ours, expected in zip(*passes, strict=True)
+    ]
+
+
+def concatenated(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor) -> Tensor:
+    if prompt_k.ndim == 3:
+        prompt_k, prompt_v = (t.expand(len(q), -1, -1, -1) for t in (prompt_k, prompt_v))
+    keys, values = torch.cat([prompt_k, k], dim=2), torch.cat([prompt_v, v], dim=2)
+    return F.scaled_dot_product_attention(q, keys, values)
+
+
+@pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
+@pytest.mark.parametrize("shared", [True, False])
+def test_low_precision(dtype: torch.dtype, tolerance: float, shared: bool) -> None:
+    assert max(relative_errors(tensors(2, 3, 17, 17, 5, 40, shared), dtype)) <= tolerance
+    assert max(relative_errors(tensors(40, 1, 3, 50, 20, 64, shared), dtype)) <= tolerance
+
+
+@pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
+def test_low_precision_of_values_with_much_in_common(dtype: torch.dtype, tolerance: float) -> None:
+    """Gradients of scores are differences of products with the values: rounded products must not drown them."""
+    q, k, v, prompt_k, prompt_v = tensors(2, 3, 17, 30, 5, 32, True)
+    errors = relative_errors([q, k, v + 8, prompt_k, prompt_v + 8], dtype)
+    # The values themselves keep only what their own type holds behind an 8.
+    assert max(errors) <= tolerance if dtype == torch.float32 else max(errors) <= 2 * tolerance
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_scores_of_any_size(shared: bool) -> None:
+    """Weights of 0 and 1, whose gradients vanish."""
+    q, *others = (t.float() for t in tensors(2, 2, 5, 9, 4, 16, shared))
+    inputs = [t.requires_grad_() for t in (300 * q, *others)]
+    got = prompt_attention(*inputs)
+    torch.testing.assert_close(got, concatenated(*(t.double() for t in inputs)).float(), rtol=1e-4, atol=1e-4)
+    got.sum().backward()
+    assert all(t.grad.isfinite().all() for t in inputs)
+
+
+def test_images_are_taken_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = relative_errors(tensors(7, 2, 6, 6, 3, 8, True), torch.float64)
+    monkeypatch.setattr(attention_torch, "SCORES_ON_CPU", 3 * 2 * 6 * 9)
+    pieces = relative_errors(tensors(7, 2, 6, 6, 3, 8, True), torch.float64)
+    assert max(*expected, *pieces) < 1e-12
 
 
 @pytest.mark.parametrize(
