@@ -56,7 +56,7 @@ def backward(
     q, num_prompts = inputs.q, inputs.prompt_k.shape[2]
     accumulate = torch.promote_types(q.dtype, torch.float32)
     sums_k, sums_v = (
-        torch.zeros_like(inputs.prompt_k, dtype=accumulate) if needed else None
+        q.new_zeros(inputs.prompt_k.shape, dtype=accumulate) if needed else None
         for needed in (needs_prompt_k, needs_prompt_v)
     )
     lowest = torch.finfo(accumulate).min

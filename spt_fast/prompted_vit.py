@@ -15,7 +15,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spt_fast.backbones import check_backbone, embed, freeze
+from spt_fast.backbones import check_backbone, embed, freeze, image_settings
+from spt_fast.compile_modes import EAGER, measure_modes
 from spt_fast.errors import InputError
 from spt_fast.pooling import Pool, pooled, reads_prefix_only
 from spt_fast.prompted_block import prompt_keys_values, prompted_block
@@ -43,6 +44,7 @@ class PromptedViT(nn.Module):
     Attributes:
         prompts: the one parameter of learnable prompts, ``[L, P, D]`` or ``[1, P, D]``.
         head: ``nn.Linear(D, num_classes)``.
+        compile_mode: how it runs: ``"eager"``, or a mode of ``torch.compile`` (see :meth:`compile`).
         classes: names of the outputs, where they are known (after :func:`spt_fast.load_adapter`), else ``None``.
 
     Raises:
@@ -87,6 +89,7 @@ class PromptedViT(nn.Module):
         self.backbone = freeze(backbone)
         self.pool = pool
         self.checkpoint_blocks = checkpoint_blocks
+        self.compile_mode = EAGER
         self.classes: list[str] | None = None
         dtype = torch.promote_types(values.dtype, torch.float32)
         self.prompts = nn.Parameter(values.detach().to(dtype, copy=True), requires_grad=train_prompts)
@@ -121,6 +124,45 @@ class PromptedViT(nn.Module):
         if next(self.backbone.parameters()).dtype != dtype:
             self.backbone = copy.deepcopy(self.backbone).to(dtype)
         return self
+
+    def compile(self, mode: str | None = None, *, images: Tensor | None = None, **options: Any) -> None:
+        """Run through ``torch.compile`` from now on, in the mode that is fastest here.
+
+        Call it when the model is on its device, in its dtype and in the mode (training or eval) it will be used in.
+
+        Args:
+            mode: a mode of ``torch.compile``, or ``"eager"`` for none; ``None`` tries those that there are for the
+                device, plain eager execution among them, and keeps the fastest.
+            images: a batch to measure with, as it will be given; ``None`` takes 32 images of noise.
+            **options: passed on to ``torch.compile``.
+
+        After it ``compile_mode`` is the mode, and ``compile_seconds`` what a step took in each mode that was tried.
+
+        Example:
+            >>> from spt_fast import load_backbone
+            >>> backbone = load_backbone("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2)
+            >>> model = PromptedViT(backbone, torch.randn(2, 5, 192), num_classes=10).eval()
+            >>> model.compile("eager")
+            >>> model.compile_mode
+            'eager'
+        """
+
+        def use(chosen: str) -> None:
+            if chosen == EAGER:
+                self._compiled_call_impl = None
+            else:
+                super(PromptedViT, self).compile(mode=chosen, **options)
+            self.compile_mode = chosen
+
+        self.compile_seconds: dict[str, float] = {}
+        if mode is None:
+            if images is None:
+                image_size = image_settings(self.backbone)["image_size"]
+                channels = getattr(self.backbone, "in_chans", 3)
+                images = torch.randn(32, channels, *image_size, device=self.prompts.device)
+            self.compile_seconds = measure_modes(self, images, use)
+            mode = min(self.compile_seconds, key=self.compile_seconds.__getitem__)
+        use(mode)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, num_classes]`` of ``images`` ``[B, 3, H, W]``."""

@@ -24,7 +24,8 @@ def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Ten
 def leaves(dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """qkv, prompt_k, prompt_v."""
     qkv = noise(BATCH, LENGTH, 3, HEADS, WIDTH, seed=1, dtype=dtype)
-    sets = (noise(SETS, HEADS, PROMPTS, WIDTH, seed=seed, dtype=dtype) for seed in (2, 3))
+    # As a projection leaves them: heads behind prompts in memory.
+    sets = (noise(SETS, PROMPTS, HEADS, WIDTH, seed=seed, dtype=dtype).transpose(1, 2) for seed in (2, 3))
     return [t.requires_grad_() for t in (qkv, *sets)]
 
 
@@ -73,7 +74,7 @@ def test_sets_by_index_with_lengths(ours: object, wanted: tuple[bool, ...]) -> N
 
 @pytest.mark.parametrize("ours", [packed, unpacked])
 def test_gradcheck(ours: object) -> None:
-    assert torch.autograd.gradcheck(ours, leaves())
+    assert torch.autograd.gradcheck(ours, leaves(), fast_mode=True)
 
 
 def test_lengths_of_each_images_own_prompts() -> None:
