@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.command import console, machine, mistakes_in_one_sentence
+from benchmarks.timing import timed
 from spt_fast.clustering import plus_plus, seeded_generator
 from spt_fast.devices import choose_device
 from spt_fast.files import write_text
@@ -204,17 +204,6 @@ def optional(name: str, iterate: Iterate, module: str, dtype: str = "float32") -
     except ImportError:
         return Peer(name, dtype, missing=f"{module} is not installed")
     return Peer(name, dtype, iterate)
-
-
-def timed(device: torch.device, work: Callable[..., Any], *arguments: Any) -> float:
-    """Seconds until ``work`` is done on the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    begun = time.perf_counter()
-    work(*arguments)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun
 
 
 def copy_floor(x: Tensor, rounds: int) -> list[float]:
