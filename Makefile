@@ -28,7 +28,7 @@ demo: $(INSTALLED)  ## SPT against VPT on bundled data, offline: writes runs/dem
 	$(VENV)/bin/spt-fast demo --output $(RUNS)/demo
 
 test: lint  ## lint, then the whole test suite
-	$(IN_VENV) pytest
+	$(IN_VENV) pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(DEV_READY)  ## ruff (rules and format) and mypy
 	$(IN_VENV) ruff check .

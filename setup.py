@@ -120,7 +120,7 @@ REQUIREMENTS = [
 ]
 GPU = ["cupy-cuda13x>=13.6"]
 BENCH = ["faiss-cpu>=1.9"]
-TEST = ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "setuptools>=70.1"]
+TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.6", "hypothesis>=6.100", "setuptools>=70.1"]
 DEV = [*TEST, "ruff>=0.17", "mypy>=2.4"]
 
 setup(

@@ -15,6 +15,11 @@ from spt_fast import load_backbone
 from spt_fast.backbones import freeze, image_settings
 from spt_fast.data import load_dataset, make_transform
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Test processes share the processor: threads of their own would only wait for each other's.
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+    torch.set_num_threads(1)
+
 TINY: dict[str, Any] = {
     "img_size": 32,
     "patch_size": 8,
