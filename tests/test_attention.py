@@ -133,11 +133,12 @@ def test_scores_of_any_size(shared: bool) -> None:
     assert all(t.grad.isfinite().all() for t in inputs)
 
 
-def test_images_are_taken_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = relative_errors(tensors(7, 2, 6, 6, 3, 8, True), torch.float64)
-    monkeypatch.setattr(attention_torch, "SCORES_ON_CPU", 3 * 2 * 6 * 9)
-    pieces = relative_errors(tensors(7, 2, 6, 6, 3, 8, True), torch.float64)
-    assert max(*expected, *pieces) < 1e-12
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("scores", [3 * 4 * 54, 3 * 54, 1], ids=["images", "heads", "head by head"])
+def test_in_pieces(shared: bool, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """3 images of 7 at a time, 3 heads of 4, one of each."""
+    monkeypatch.setattr(attention_torch, "SCORES_ON_CPU", scores)
+    assert max(relative_errors(tensors(7, 4, 6, 6, 3, 8, shared), torch.float64)) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -162,9 +163,11 @@ def test_inputs_that_do_not_belong_together_are_named(name: str, change: object)
 
 def test_backend_by_argument_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = tensors(1, 1, 2, 2, 1, 4, True)
-    assert available_backends()["prompt_attention"] == ["torch"]
+    assert available_backends()["prompt_attention"][-1] == "torch"
     prompt_attention(*inputs, backend="torch")
-    with pytest.raises(BackendError, match="backend=triton.*it has torch"):
+    with pytest.raises(BackendError, match="backend=cuda.*it has triton, torch"):
+        prompt_attention(*inputs, backend="cuda")
+    with pytest.raises(BackendError, match="backend=triton: prompt_attention cannot run on it here: .*float64"):
         prompt_attention(*inputs, backend="triton")
     monkeypatch.setenv("SPT_FAST_BACKEND", "abacus")
     with pytest.raises(BackendError, match="SPT_FAST_BACKEND=abacus"):

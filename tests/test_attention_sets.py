@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from spt_fast.kernels import prompt_attention, prompt_attention_packed
+from spt_fast.kernels import attention_torch, prompt_attention, prompt_attention_packed
 
 BATCH, HEADS, LENGTH, PROMPTS, WIDTH, SETS = 5, 2, 6, 4, 8, 3
 INDEX = torch.tensor([2, 0, 2, 1, 2])
@@ -51,9 +51,13 @@ def unpacked(qkv: Tensor, prompt_k: Tensor, prompt_v: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
+@pytest.mark.parametrize("scores", [1 << 20, 60], ids=["whole", "in pieces"])
 @pytest.mark.parametrize("ours", [packed, unpacked])
 @pytest.mark.parametrize("wanted", itertools.product([False, True], repeat=3))
-def test_sets_by_index_with_lengths(ours: object, wanted: tuple[bool, ...]) -> None:
+def test_sets_by_index_with_lengths(
+    ours: object, wanted: tuple[bool, ...], scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_torch, "SCORES_ON_CPU", scores)
     inputs, judged = leaves(), leaves()
     for tensor, need in zip(inputs, wanted, strict=True):
         tensor.requires_grad_(need)
@@ -195,8 +199,6 @@ def test_activation_checkpointing() -> None:
 
 def test_no_gradient_is_computed_that_nobody_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tokens that enter the first block need none: only the prompts' gradients are to be formed."""
-    from spt_fast.kernels import attention_torch
-
     asked = []
     real = attention_torch.backward
 
