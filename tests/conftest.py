@@ -1,7 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,15 @@ TINY: dict[str, Any] = {
     "num_heads": 3,
     "num_classes": 0,
 }
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Processes that are compared bit for bit add up in the same order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

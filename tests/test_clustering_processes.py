@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from clustering_processes import SHARES, TOKENS, outcomes
-from test_training import child_environment
+from training_cases import child_environment
 from torch import Tensor
 
 TESTS = Path(__file__).parent

@@ -1,0 +1,109 @@
+"""Training in two processes."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import two_processes
+from tiny import squares, tiny_model
+from training_cases import TESTS, assert_same, child_environment, without_seconds
+
+from spt_fast import Adapter, evaluate, train
+from spt_fast.data import make_loader
+from spt_fast.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# Several processes
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any], Path]:
+    """What two_processes.py left: the results of both processes, and their folder."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(TESTS / "two_processes.py"), str(folder)]
+    done = subprocess.run(command, env=child_environment(), timeout=300, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    return first, second, folder
+
+
+def test_processes_end_with_the_same_weights(ranks: Any) -> None:
+    first, second, folder = ranks
+    assert first["sees"] == (0, 2) and second["sees"] == (1, 2)
+    assert first["left_group"] and second["left_group"]
+    # They started from different ones: those of rank 0 count, for the moving average too.
+    for run in ("straight", "after_step", "resumed", "half"):
+        assert_same(second[run], first[run])
+    assert without_seconds(first["straight_metrics"]) == without_seconds(second["straight_metrics"])
+    assert_same(first["again"], first["straight"])
+    assert torch.equal(
+        Adapter.load(folder / "straight0" / "last.safetensors").prompts, first["straight"]["prompts"]
+    )
+
+
+def test_rank_0_alone_writes(ranks: Any) -> None:
+    folder = ranks[2]
+    assert (folder / "straight0" / "summary.json").exists()
+    assert not (folder / "straight1").exists()
+
+
+def test_gradients_are_averaged_over_processes(ranks: Any) -> None:
+    first, second, _ = ranks
+    model = tiny_model(seed=3)
+    images, labels = next(iter(make_loader(squares(8), batch_size=8)))
+    F.cross_entropy(model(images), labels).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            for rank in (first, second):
+                torch.testing.assert_close(rank["gradients"][name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_evaluation_of_two_processes_counts_every_image_once(ranks: Any) -> None:
+    for rank in ranks[:2]:
+        for count, judged in zip((7, 1), rank["evaluations"], strict=True):
+            alone = evaluate(tiny_model(seed=9), squares(count, seed=2))
+            assert judged["images"] == alone.images == count
+            assert judged["accuracy"] == pytest.approx(alone.accuracy)
+            assert judged["loss"] == pytest.approx(alone.loss, rel=1e-5)
+
+
+def test_training_metrics_count_the_images_of_all_processes(ranks: Any) -> None:
+    losses = [row["train_loss"] for row in ranks[0]["straight_metrics"]]
+    assert losses[1] < losses[0]
+    assert all(
+        row["train_accuracy"] * 12 == pytest.approx(round(row["train_accuracy"] * 12))
+        for row in ranks[0]["straight_metrics"]
+    )
+
+
+def test_two_processes_interrupted_and_resumed(ranks: Any) -> None:
+    for rank in ranks[:2]:
+        assert rank["interrupted"]
+        assert_same(rank["resumed"], rank["straight"])
+        assert without_seconds(rank["resumed_metrics"]) == without_seconds(rank["straight_metrics"])
+
+
+def test_processes_stay_together_when_one_has_nothing_readable(ranks: Any) -> None:
+    for rank in ranks[:2]:
+        assert rank["half_skipped"] == 6
+        assert all(torch.isfinite(value).all() for value in rank["half"].values())
+
+
+def test_resume_with_another_number_of_processes_is_refused(ranks: Any, tmp_path: Path) -> None:
+    shutil.copytree(ranks[2] / "straight0", tmp_path / "run")
+    with pytest.raises(InputError, match="processes=2 .* processes=1"):
+        train(
+            tiny_model(),
+            squares(two_processes.IMAGES),
+            output=tmp_path / "run",
+            config=two_processes.CONFIG,
+            resume=True,
+        )
