@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from clustering_processes import SHARES, TOKENS, outcomes
-from training_cases import child_environment
 from torch import Tensor
+from training_cases import child_environment
 
 TESTS = Path(__file__).parent
 
