@@ -120,7 +120,15 @@ REQUIREMENTS = [
 ]
 GPU = ["cupy-cuda13x>=13.6"]
 BENCH = ["faiss-cpu>=1.9"]
-TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.6", "hypothesis>=6.100", "setuptools>=70.1"]
+LOW_PRECISION = ["torchao>=0.17"]
+TEST = [
+    *LOW_PRECISION,
+    "pytest>=8",
+    "pytest-benchmark>=5",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "setuptools>=70.1",
+]
 DEV = [*TEST, "ruff>=0.17", "mypy>=2.4"]
 
 setup(
@@ -150,6 +158,6 @@ setup(
     zip_safe=False,
     python_requires=">=3.10",
     install_requires=REQUIREMENTS,
-    extras_require={"gpu": GPU, "bench": BENCH, "test": TEST, "dev": DEV},
+    extras_require={"gpu": GPU, "bench": BENCH, "low-precision": LOW_PRECISION, "test": TEST, "dev": DEV},
     entry_points={"console_scripts": ["spt-fast = spt_fast.cli:main"]},
 )

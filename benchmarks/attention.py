@@ -74,7 +74,8 @@ def main(
             for prompts in num_prompts or [20, 100, 200]:
                 qkv = torch.randn(batch, tokens, 3, heads, width, device=chosen)
                 sets = torch.randn(2, heads, prompts, width, device=chosen)
-                rows = compare(*(t.to(getattr(torch, dtype)) for t in (qkv, *sets)), rounds)
+                qkv, prompt_k, prompt_v = (t.to(getattr(torch, dtype)) for t in (qkv, *sets))
+                rows = compare(qkv, prompt_k, prompt_v, rounds)
                 common = {"model": name, "batch_size": batch, "num_prompts": prompts}
                 record["rows"] += [common | row for row in rows]
                 show(f"{name}, batch {batch}, P={prompts}, {dtype}, {record['machine']['device']}", rows)

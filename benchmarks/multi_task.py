@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import timm
 import torch
 import typer
 from rich.table import Table
@@ -24,8 +23,7 @@ from torch import Tensor
 
 from benchmarks.command import console, machine, mistakes_in_one_sentence
 from benchmarks.timing import timed
-from spt_fast import MultiTaskViT, PromptedViT
-from spt_fast.backbones import freeze
+from spt_fast import MultiTaskViT, PromptedViT, load_backbone
 from spt_fast.devices import choose_device
 from spt_fast.files import write_text
 
@@ -48,7 +46,7 @@ def main(
     with mistakes_in_one_sentence():
         chosen = choose_device(device)
     torch.manual_seed(0)
-    backbone = freeze(timm.create_model(model, num_classes=0)).to(chosen, torch.bfloat16)
+    backbone = load_backbone(model).to(chosen, torch.bfloat16)
     shape = (len(backbone.blocks), num_prompts, backbone.embed_dim)
     alone = {
         f"task {number}": PromptedViT(backbone, torch.randn(shape), num_classes=num_classes).eval()

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import timm
 import torch
 import torch.nn.functional as F
 import typer
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 
 from benchmarks.command import console, machine, mistakes_in_one_sentence
 from benchmarks.timing import matmul_peak, timed
-from spt_fast.backbones import embed, freeze
+from spt_fast.backbones import embed, load_backbone
 from spt_fast.devices import choose_device
 from spt_fast.errors import InputError
 from spt_fast.files import write_text
@@ -135,7 +134,7 @@ def compare(
 ) -> list[dict[str, Any]]:
     """A row for each peer, its samples in milliseconds among them; times of one round lie next to each other."""
     torch.manual_seed(0)
-    backbone = freeze(timm.create_model(name, num_classes=0)).to(device)
+    backbone = load_backbone(name).to(device)
     inputs = (
         torch.randn(batch, 3, *backbone.patch_embed.img_size, device=device),
         torch.randint(CLASSES, (batch,), device=device),

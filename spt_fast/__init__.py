@@ -8,6 +8,7 @@ from spt_fast.adapters import Adapter, load_adapter, save_adapter
 from spt_fast.backbones import load_backbone
 from spt_fast.building import build_prototypes
 from spt_fast.evaluation import Evaluation, evaluate
+from spt_fast.multi_task_vit import MultiTaskViT
 from spt_fast.progress import progress_bar
 from spt_fast.prompted_vit import PromptedViT
 from spt_fast.prototypes import Prototypes
@@ -18,6 +19,7 @@ from spt_fast.training_run import TrainingResult
 __all__ = [
     "Adapter",
     "Evaluation",
+    "MultiTaskViT",
     "Prototypes",
     "PromptedViT",
     "TrainingConfig",

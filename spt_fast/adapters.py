@@ -65,6 +65,7 @@ class Adapter:
         arguments = {
             "checkpoint": source["checkpoint"],
             "pretrained": source["pretrained"],
+            "weight_dtype": source.get("weight_dtype"),  # older records have no such entry
             **source["timm_kwargs"],
         }
         return load_backbone(source["name"], **arguments)
@@ -75,22 +76,29 @@ class Adapter:
         Raises:
             AdapterMismatchError: another backbone; the message names the difference.
         """
-        expected, got = self.config["backbone"]["identity"], backbone_identity(backbone)
-        differences = [
-            f"{key} {got.get(key)} instead of {value}"
-            for key, value in expected.items()
-            if got.get(key) != value
-        ]
-        if differences:
-            raise AdapterMismatchError(
-                f"this adapter belongs to another backbone: this one has {', '.join(differences)}"
-            )
+        check_identity(self.config["backbone"]["identity"], backbone)
         model = PromptedViT(backbone, self.prompts, num_classes=len(self.head_bias), pool=self.config["pool"])
         with torch.no_grad():
             model.head.weight.copy_(self.head_weight)
             model.head.bias.copy_(self.head_bias)
         model.classes = list(self.config["classes"])
         return model.eval()
+
+
+def check_identity(expected: dict[str, Any], backbone: VisionTransformer) -> None:
+    """Raise unless ``backbone`` has the :func:`~spt_fast.backbones.backbone_identity` that an adapter expects.
+
+    Raises:
+        AdapterMismatchError: it has another; the message names the differences.
+    """
+    got = backbone_identity(backbone)
+    differences = [
+        f"{key} {got.get(key)} instead of {value}" for key, value in expected.items() if got.get(key) != value
+    ]
+    if differences:
+        raise AdapterMismatchError(
+            f"this adapter belongs to another backbone: this one has {', '.join(differences)}"
+        )
 
 
 def save_adapter(

@@ -38,6 +38,7 @@ def pooled(
         return final_norm(backbone)(x[:, 0])
     if pool == "avg":
         return final_norm(backbone)(x[:, backbone.num_prefix_tokens :].mean(dim=1))
+    assert prompt_outputs is not None
     averaged = x[:, 1:] if backbone.has_class_token else x
     return final_norm(backbone)(torch.cat([prompt_outputs, averaged], dim=1).mean(dim=1))
 

@@ -8,26 +8,26 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spt_fast.kernels import prompt_attention, prompt_attention_packed
+from spt_fast.low_precision import linear_rows
 
 
 class PromptKeysValues(NamedTuple):
     """What prompts are to the attention of a block; see :func:`spt_fast.kernels.prompt_attention`.
 
     Attributes:
-        keys: ``[H, P, d]``, shared by the batch, or ``[B, H, P, d]``, or with ``index`` sets ``[S, H, P, d]``.
+        keys: ``[H, P, d]``, shared by the batch, or ``[B, H, P, d]``, or with ``prompt_index`` sets ``[S, H, P, d]``.
         values: of the same shape.
-        index: int64 ``[B]``, the set of every image.
-        lengths: int64 ``[S]`` or ``[B]``, how many prompts a set has.
+        prompt_index: int64 ``[B]``, the set of every image.
+        prompt_lengths: int64 ``[S]`` or ``[B]``, how many prompts a set has.
     """
 
     keys: Tensor
     values: Tensor
-    index: Tensor | None = None
-    lengths: Tensor | None = None
+    prompt_index: Tensor | None = None
+    prompt_lengths: Tensor | None = None
 
 
 def prompt_keys_values(block: Any, prompts: Tensor) -> PromptKeysValues:
@@ -97,7 +97,5 @@ def _attention(attn: Any, hidden: Tensor, query_hidden: Tensor, prompts: PromptK
 def _project(attn: Any, hidden: Tensor, first: int = 0, last: int = 3) -> Tensor:
     """Some of queries (0), keys (1) and values (2): ``[.., N, D]`` to ``[.., N, last - first, H, d]``."""
     width = attn.qkv.out_features // 3
-    rows = slice(first * width, last * width)
-    bias = None if attn.qkv.bias is None else attn.qkv.bias[rows]
-    projected = F.linear(hidden, attn.qkv.weight[rows], bias)
+    projected = linear_rows(attn.qkv, hidden, first * width, last * width)
     return projected.unflatten(-1, (last - first, attn.num_heads, -1))

@@ -4,12 +4,14 @@ Nothing here knows how the package computes a prompted ViT. A block is timm's ow
 `[prefix tokens, prompts, patch tokens]`; everything else is slicing and means.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 
 def naive_forward(
-    backbone: nn.Module, prompts: Tensor, head: nn.Module, images: Tensor, *, pool: str | None = None
+    backbone: Any, prompts: Tensor, head: nn.Module, images: Tensor, *, pool: str | None = None
 ) -> Tensor:
     """Logits `[B, num_classes]` of a frozen timm ViT with prompts concatenated for every image.
 
@@ -37,7 +39,7 @@ def naive_forward(
     return head(features)
 
 
-def last_block_outputs(backbone: nn.Module, prompts: Tensor, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def last_block_outputs(backbone: Any, prompts: Tensor, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What leaves the last block, before any final norm: prefix tokens, prompts and patch tokens, each `[B, :, D]`."""
     tokens = backbone.patch_embed(images)
     tokens = backbone._pos_embed(tokens)
@@ -64,10 +66,10 @@ def for_every_image(prompts: Tensor, images: Tensor) -> Tensor:
     return torch.stack([prompts] * len(images))
 
 
-def has_class_token(backbone: nn.Module) -> bool:
+def has_class_token(backbone: Any) -> bool:
     return backbone.cls_token is not None
 
 
-def final_norm(backbone: nn.Module) -> nn.Module:
+def final_norm(backbone: Any) -> nn.Module:
     """timm puts its one final norm before the pooling (`norm`) or behind it (`fc_norm`); the other is an identity."""
     return backbone.fc_norm if isinstance(backbone.norm, nn.Identity) else backbone.norm

@@ -149,7 +149,7 @@ def test_wheel_says_what_it_needs(wheel: Path) -> None:
         assert "spt-fast = spt_fast.cli:main" in archive.read(scripts).decode()
         assert any(name.endswith("/LICENSE") for name in archive.namelist())
     assert metadata["Requires-Python"] == ">=3.10"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"gpu", "bench", "test", "dev"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"gpu", "bench", "low-precision", "test", "dev"}
     requirements = [requirement.replace(" ", "") for requirement in metadata.get_all("Requires-Dist", [])]
     assert any(requirement.startswith("torch>=") for requirement in requirements)
     for requirement in requirements:

@@ -77,7 +77,7 @@ def test_benchmark_commands_are_understood() -> None:
 
 def test_the_programs_run(folder: Path) -> None:
     programs = blocks("python")
-    assert len(programs) == 2
+    assert len(programs) == 3
     for program in programs:
         done = run([sys.executable, "-c", program], folder)
         assert done.returncode == 0, done.stderr

@@ -1,6 +1,5 @@
 """What every process of ``torchrun --nproc-per-node 2 tests/two_processes.py FOLDER`` does.
 
-
 It writes what this process ended with to FOLDER/rank{0,1}.pt; the test judges.
 """
 

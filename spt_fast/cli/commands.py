@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +19,7 @@ from spt_fast.cli.inputs import (
     check_folder,
     open_backbone,
     open_images,
+    open_tasks,
     open_trained,
     parse_bytes,
     start_of_run,
@@ -26,6 +27,7 @@ from spt_fast.cli.inputs import (
 )
 from spt_fast.cli.options import (
     AdapterOption,
+    AdaptersOption,
     CaptureOption,
     CheckpointMinutesOption,
     CheckpointOption,
@@ -51,6 +53,7 @@ from spt_fast.cli.options import (
     StrictOption,
     TokenBudgetOption,
     TokenCacheOption,
+    WeightDtypeOption,
     WorkersOption,
 )
 from spt_fast.cli.printing import (
@@ -74,6 +77,9 @@ from spt_fast.machine import machine_facts
 from spt_fast.optimizer import LearningRateScale
 from spt_fast.progress import progress_bar
 from spt_fast.training_config import Dtype, TrainingConfig
+
+# Rows of a batch of `predict`: enough to keep a processor busy, few enough for any memory.
+PREDICTED_AT_ONCE = 64
 
 app = typer.Typer(
     name="spt-fast",
@@ -117,6 +123,7 @@ def prototypes(
     checkpoint: CheckpointOption = None,
     pretrained: PretrainedOption = False,
     model_kwarg: ModelKwargOption = None,
+    weight_dtype: WeightDtypeOption = None,
     num_prompts: NumPromptsListOption = None,
     method: MethodOption = "kmeans",
     depth: DepthOption = "deep",
@@ -160,7 +167,7 @@ def prototypes(
         check_folder("--export-released", export_released)
     if token_cache is not None:
         check_folder("--token-cache", token_cache)
-    backbone = open_backbone(model, checkpoint, pretrained, model_kwarg, device, seed)
+    backbone = open_backbone(model, checkpoint, pretrained, model_kwarg, device, seed, weight_dtype)
     images = open_images(data, split, backbone, layout, recipe, strict, train=False)
     unfinished = output.with_name(output.name + ".partial")
     with _resumable(unfinished):
@@ -219,6 +226,7 @@ def train(
     checkpoint: CheckpointOption = None,
     pretrained: PretrainedOption = False,
     model_kwarg: ModelKwargOption = None,
+    weight_dtype: WeightDtypeOption = None,
     prompts: Annotated[
         Path | None, typer.Option(help="Prototypes from `spt-fast prototypes`, instead of building them now.")
     ] = None,
@@ -236,6 +244,9 @@ def train(
         bool, typer.Option("--freeze-prompts", help="Train the head alone (Table 4a).")
     ] = False,
     prompt_dropout: Annotated[float, typer.Option(help="Dropout on prompts.")] = 0.0,
+    checkpoint_blocks: Annotated[
+        bool, typer.Option("--checkpoint-blocks", help="Less memory, a third more time.")
+    ] = False,
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = TrainingConfig.epochs,
     warmup_epochs: Annotated[
         int | None, typer.Option(help="Linear warm-up; a tenth of the epochs if not given.")
@@ -304,7 +315,7 @@ def train(
         raise InputError(
             f"--output {output} already holds a run; --resume it, --overwrite it or name another folder"
         )
-    backbone = open_backbone(model, checkpoint, pretrained, model_kwarg, device, seed)
+    backbone = open_backbone(model, checkpoint, pretrained, model_kwarg, device, seed, weight_dtype)
     train_images = open_images(data, split, backbone, layout, recipe, strict, train=True)
     val_images = (
         open_images(data, val_split, backbone, layout, recipe, strict, train=False) if validate else None
@@ -321,6 +332,7 @@ def train(
             pool=None if pool == "timm" else pool,
             train_prompts=not freeze_prompts,
             prompt_dropout=prompt_dropout,
+            checkpoint_blocks=checkpoint_blocks,
         )
 
     def build() -> spt_fast.Prototypes:
@@ -408,34 +420,35 @@ def evaluate_adapter(
 
 @app.command(epilog="Example: `spt-fast predict --adapter runs/birds/best.safetensors photo.jpg other.png`")
 def predict(
-    adapter: AdapterOption,
+    adapter: AdaptersOption,
     images: Annotated[list[Path], typer.Argument(help="Image files.", metavar="IMAGE...")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to show per image.")] = 3,
     checkpoint: MovedCheckpointOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Class names and probabilities for image files."""
-    model, transform = open_trained(adapter, checkpoint, device)
-    names = model.classes or []
+    """Class names and probabilities for image files, by one adapter or by several at once."""
+    model, transforms = open_tasks(adapter, checkpoint, device)
     results: list[dict[str, Any]] = []
-    for path in images:
-        with torch.no_grad():
-            logits = model(transform(read_image(path))[None].to(model.prompts.device))
-        probabilities, indices = logits[0].double().softmax(dim=0).topk(min(top, len(names)))
+    for path, task, logits in _task_logits(model, transforms, images):
+        names = model.classes[task]
+        probabilities, indices = logits[: len(names)].double().softmax(dim=0).topk(min(top, len(names)))
         ranked = [
             {"class": names[index], "probability": probability}
             for index, probability in zip(indices.tolist(), probabilities.tolist(), strict=True)
         ]
-        results.append({"image": str(path), "predictions": ranked})
+        results.append({"image": str(path), "task": task, "predictions": ranked})
+    # One adapter needs no name.
+    labels = ("image", "task") if len(adapter) > 1 else ("image",)
     if as_json:
-        print_json(results)
+        print_json([{key: result[key] for key in (*labels, "predictions")} for result in results])
         return
-    table = new_table("image", "class", "probability")
+    table = new_table(*labels, "class", "probability")
     for result in results:
+        shown = {**result, "image": result["image"] if result["task"] == model.tasks[0] else ""}
         for rank, entry in enumerate(result["predictions"]):
-            image = "" if rank else result["image"]
-            table.add_row(Text(image), Text(entry["class"]), f"{entry['probability']:.1%}")
+            cells = ["" if rank else shown[label] for label in labels]
+            table.add_row(*map(Text, [*cells, entry["class"]]), f"{entry['probability']:.1%}")
     out.print(table)
 
 
@@ -497,6 +510,30 @@ def main() -> None:
         fail(f"the device is out of memory, fewer images at a time need less: {error}")
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+
+
+def _task_logits(
+    model: spt_fast.MultiTaskViT, transforms: dict[str, Callable[[Any], torch.Tensor]], images: list[Path]
+) -> Iterator[tuple[Path, str, torch.Tensor]]:
+    """The logits of every image by every task: as many images at a time as make a batch of ``PREDICTED_AT_ONCE``."""
+    at_once = max(1, PREDICTED_AT_ONCE // len(transforms))
+    device = next(model.backbone.parameters()).device
+    for start in range(0, len(images), at_once):
+        asked, views = [], []
+        for path in images[start : start + at_once]:
+            image = read_image(path)
+            seen = {transform: transform(image) for transform in transforms.values()}
+            asked += [(path, task) for task in transforms]
+            views += [seen[transform] for transform in transforms.values()]
+        sizes = {task: tuple(view.shape[1:]) for task, view in zip(transforms, views, strict=False)}
+        if len(set(sizes.values())) > 1:
+            listed = ", ".join(f"{task} {height}x{width}" for task, (height, width) in sizes.items())
+            raise InputError(
+                f"the adapters look at images of different sizes ({listed}); ask one size at a time"
+            )
+        with torch.no_grad():
+            logits = model(torch.stack(views).to(device), [task for _, task in asked])
+        yield from ((path, task, row) for (path, task), row in zip(asked, logits, strict=True))
 
 
 def _was_given(context: typer.Context, option: str) -> bool:

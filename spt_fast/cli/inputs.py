@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from spt_fast.data import ImageDataset, load_dataset, make_loader, make_transfor
 from spt_fast.devices import choose_device
 from spt_fast.distributed import gathered_numbers, process_group
 from spt_fast.errors import InputError
+from spt_fast.low_precision import WeightDtype, check_weight_dtype
+from spt_fast.multi_task_vit import MultiTaskViT
 from spt_fast.progress import progress_bar
 from spt_fast.prompted_vit import PromptedViT
 from spt_fast.prototypes import Prototypes
@@ -37,13 +40,23 @@ def check_folder(option: str, folder: Path) -> None:
 
 
 def open_backbone(
-    name: str, checkpoint: str | None, pretrained: bool, pairs: list[str] | None, device: str, seed: int
+    name: str,
+    checkpoint: str | None,
+    pretrained: bool,
+    pairs: list[str] | None,
+    device: str,
+    seed: int,
+    weight_dtype: WeightDtype | None = None,
 ) -> VisionTransformer:
     chosen = choose_device(device)
+    if weight_dtype is not None:
+        check_weight_dtype(weight_dtype, chosen)
     # A backbone without weights of its own is random; the same seed makes the same one again.
     torch.manual_seed(seed)
     arguments = parse_pairs(pairs or [])
-    backbone = load_backbone(name, checkpoint=checkpoint, pretrained=pretrained, **arguments)
+    backbone = load_backbone(
+        name, checkpoint=checkpoint, pretrained=pretrained, weight_dtype=weight_dtype, **arguments
+    )
     if checkpoint is None and not pretrained:
         warn("the backbone has random weights; --checkpoint or --pretrained gives it trained ones")
     return backbone.to(chosen)
@@ -56,8 +69,8 @@ def parse_pairs(pairs: list[str]) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not equals or not key.isidentifier():
             raise InputError(f"--model-kwarg must be KEY=VALUE, got {pair!r}")
-        if key in ("name", "checkpoint", "pretrained"):
-            option = "model" if key == "name" else key
+        if key in ("name", "checkpoint", "pretrained", "weight_dtype"):
+            option = "model" if key == "name" else key.replace("_", "-")
             raise InputError(f"--model-kwarg {pair} has an option of its own, --{option}")
         try:
             parsed[key] = json.loads(value)
@@ -172,10 +185,46 @@ def open_trained(
     """The model of an adapter file, and the transform for the images it judges."""
     chosen = choose_device(device)
     adapter = Adapter.load(path)
+    model = adapter.attach(_backbone_of(adapter, checkpoint)).to(chosen)
+    return model, make_transform(**_settings_of(adapter, model.backbone), train=False)
+
+
+def open_tasks(
+    paths: list[Path], checkpoint: str | None, device: str
+) -> tuple[MultiTaskViT, dict[str, Callable[[Any], torch.Tensor]]]:
+    """One model of several adapter files of one backbone, and for each of its tasks the transform for the images it
+    judges: the same object where the settings are the same."""
+    chosen = choose_device(device)
+    adapters = dict(zip(_task_names(paths), map(Adapter.load, paths), strict=True))
+    backbone = _backbone_of(next(iter(adapters.values())), checkpoint).to(chosen)
+    model = MultiTaskViT(backbone, adapters)
+    known: dict[str, Callable[[Any], torch.Tensor]] = {}
+    transforms = {}
+    for name, adapter in adapters.items():
+        settings = _settings_of(adapter, backbone)
+        key = json.dumps(settings, sort_keys=True)
+        transforms[name] = known.setdefault(key, make_transform(**settings, train=False))
+    return model, transforms
+
+
+def _task_names(paths: list[Path]) -> list[str]:
+    """What to call the tasks of adapter files: their stems, or the paths of those that have the same."""
+    stems = Counter(path.stem for path in paths)
+    names = [path.stem if stems[path.stem] == 1 else str(path) for path in paths]
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise InputError(f"--adapter {name} was given {count} times")
+    return names
+
+
+def _backbone_of(adapter: Adapter, checkpoint: str | None) -> VisionTransformer:
     if checkpoint is not None:
         adapter.config["backbone"]["source"]["checkpoint"] = checkpoint
     # As in training: what is random about the backbone follows from the seed.
     torch.manual_seed(adapter.config.get("training", {}).get("seed", 0))
-    model = adapter.attach(adapter.load_backbone()).to(chosen)
-    settings = {"recipe": "vtab", **image_settings(model.backbone), **adapter.config.get("images", {})}
-    return model, make_transform(**settings, train=False)
+    return adapter.load_backbone()
+
+
+def _settings_of(adapter: Adapter, backbone: VisionTransformer) -> dict[str, Any]:
+    """What the images of an adapter must look like: the arguments of ``make_transform``."""
+    return {"recipe": "vtab", **image_settings(backbone), **adapter.config.get("images", {})}

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from spt_fast.building import Depth, Layers, Method
+from spt_fast.low_precision import WeightDtype
 from spt_fast.tokens import Capture
 
 Layout = Literal["auto", "vtab", "fgvc", "folder", "digits"]
@@ -27,6 +28,10 @@ ModelKwargOption = Annotated[
     typer.Option(
         "--model-kwarg", "-k", metavar="KEY=VALUE", help="Argument of timm.create_model; may be repeated."
     ),
+]
+WeightDtypeOption = Annotated[
+    WeightDtype | None,
+    typer.Option(help="Store and multiply the backbone's weights in 8 bits; needs torchao."),
 ]
 
 # The images.
@@ -75,6 +80,10 @@ CheckpointMinutesOption = Annotated[
 
 # A trained adapter.
 AdapterOption = Annotated[Path, typer.Option(help="A trained adapter.")]
+AdaptersOption = Annotated[
+    list[Path],
+    typer.Option("--adapter", help="A trained adapter; repeat it to ask several of one backbone at once."),
+]
 MovedCheckpointOption = Annotated[
     str | None, typer.Option("--checkpoint", help="The backbone's weights, if they have moved.")
 ]
