@@ -120,7 +120,6 @@ class EightBitLinear(nn.Module):
         original_entries: :func:`entries` of the weight before it was quantised.
 
     Example:
-        >>> import pytest; _ = pytest.importorskip("torchao")
         >>> layer = EightBitLinear(nn.Linear(32, 16), "int8")
         >>> layer.numbers.dtype, layer.scale.shape
         (torch.int8, torch.Size([16, 1]))

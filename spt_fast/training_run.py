@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from spt_fast.adapters import save_adapter
-from spt_fast.backbones import backbone_identity
+from spt_fast.backbones import backbone_identity, source_of
 from spt_fast.data import ImageDataset
 from spt_fast.distributed import all_reduced
 from spt_fast.errors import CheckpointError, InputError
@@ -135,6 +135,7 @@ class TrainingRun:
             "images": self.images,
             "processes": self.world_size,
             "backbone": self.backbone,
+            "weight_dtype": source_of(model.backbone)["weight_dtype"],
         }
         return json.loads(json.dumps(record))
 

@@ -29,6 +29,7 @@ from training_cases import (
 
 import spt_fast.training_run
 from spt_fast import train
+from spt_fast.backbones import source_of
 from spt_fast.errors import CheckpointError, InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -214,6 +215,13 @@ def test_resume_of_another_model_or_data_is_refused(
         model_kwargs = {"backbone": tiny_backbone(seed=1)}
     with pytest.raises(InputError, match=rf"\b{what}="):
         train(tiny_model(**model_kwargs), squares(images), output=stopped, config=CONFIG, resume=True)
+
+
+def test_resume_with_weights_of_another_precision_is_refused(stopped: Path) -> None:
+    model = tiny_model()
+    model.backbone.spt_fast_source = {**source_of(model.backbone), "weight_dtype": "int8"}
+    with pytest.raises(InputError, match=r"\bweight_dtype=None .*\bweight_dtype='int8'"):
+        train(model, squares(IMAGES), output=stopped, config=CONFIG, resume=True)
 
 
 def test_resume_from_a_damaged_state_is_refused(stopped: Path, tmp_path: Path) -> None:
