@@ -334,7 +334,6 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, writer, p
         torch.ones(3),
         {"weights": {"cls_token": torch.ones(1)}},
     ],
-    ids=repr,
 )
 def test_files_without_a_dictionary_of_fitting_tensors_are_refused(tmp_path, content):
     with pytest.raises(CheckpointError, match="holds no dictionary of tensors|does not fit this model"):

@@ -457,7 +457,7 @@ def test_float8_is_refused_where_no_device_multiplies_it(monkeypatch: pytest.Mon
         ((8, 9), {"int8", "float8"}),
         ((10, 0), {"int8", "float8"}),
     ],
-    ids=str,
+    ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else "",
 )
 def test_what_cuda_devices_can_run(
     capability: tuple[int, int], runs: set[str], monkeypatch: pytest.MonkeyPatch
