@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attention_torch
+from . import attention_torch, attention_triton
 from .attention_inputs import AttentionInputs
 from .backends import Backend, choose_backend
 
 # Best first. A backend is a module with the functions forward and backward.
 BACKENDS = {
+    "triton": Backend(attention_triton, attention_triton.why_not),
     "torch": Backend(attention_torch),
 }
 

@@ -9,7 +9,6 @@ No atomics, and programs' sums are added in a fixed order: results repeat bit fo
 
 from __future__ import annotations
 
-import os
 from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -18,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import triton_device
 from .kmeans_torch import common_offset
+from .triton_device import capability, is_interpreted, power_of_two, processors
 
 # Tensor cores cut sums off instead of rounding them: over more tiles a program's would lose float32's last digits.
 MOST_TILES = 64
@@ -46,14 +47,7 @@ def why_not(x: Tensor, centroids: Tensor) -> str | None:
     """Why the Triton kernels cannot take these tensors, or ``None``."""
     if find_spec("triton") is None:
         return "Triton is not installed"
-    if x.device.type == "cuda":
-        if torch.cuda.get_device_capability(x.device) < (8, 0):
-            return "Triton's tensor-core products need compute capability 8.0"
-        return None
-    # The kernels are interpreted if the variable was set when they were first needed.
-    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and _interpreted():
-        return None
-    return f"tokens are on {x.device.type} and Triton's interpreter is off (TRITON_INTERPRET=1)"
+    return triton_device.why_not(x, "tokens", _a_kernel)
 
 
 def kmeans_step(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,7 +156,7 @@ def step_config(
     """
     if not wide:
         return None
-    clusters = max(16, _power_of_two(k))
+    clusters = max(16, power_of_two(k))
     sums = clusters * width
     if dtype == torch.float32:
         return Config(16, clusters, 32, 3, 8) if clusters <= 32 and sums <= 32 * 192 else None
@@ -178,9 +172,7 @@ def step_config(
 def assign_config(width: int, k: int, dtype: torch.dtype, wide: bool) -> Config:
     """Shape of the assignment: clusters of one block share a reading of the tokens."""
     most, widest, tile = (32, 32, 32) if dtype == torch.float32 else (64, 64 if wide else 32, 64)
-    return Config(
-        tile, min(most, max(16, _power_of_two(k))), min(widest, max(16, _power_of_two(width))), 3, 8
-    )
+    return Config(tile, min(most, max(16, power_of_two(k))), min(widest, max(16, power_of_two(width))), 3, 8)
 
 
 def accumulate_config(width: int, k: int, dtype: torch.dtype, wide: bool) -> Config:
@@ -188,9 +180,7 @@ def accumulate_config(width: int, k: int, dtype: torch.dtype, wide: bool) -> Con
     most, widest, tile = (
         (64, 64, 16) if dtype == torch.float32 else (128, 128 if wide else 64, 64 if wide else 32)
     )
-    return Config(
-        tile, min(most, max(16, _power_of_two(k))), min(widest, max(16, _power_of_two(width))), 3, 8
-    )
+    return Config(tile, min(most, max(16, power_of_two(k))), min(widest, max(16, power_of_two(width))), 3, 8)
 
 
 def constants(kernel: str, config: Config, x: Tensor) -> dict[str, Any]:
@@ -205,7 +195,7 @@ def constants(kernel: str, config: Config, x: Tensor) -> dict[str, Any]:
         # Three tf32 products would do for float32 tokens, but their operands do not fit in registers, and
         # Triton 3.6 compiles them to nothing for compute capability 10.0.
         "PRECISION": "ieee",
-        "INTERPRETED": _interpreted(),
+        "INTERPRETED": is_interpreted(_a_kernel()),
     }
     if kernel == "accumulate_kernel":
         return chosen | {"SUM_PIECE": config.piece}
@@ -271,15 +261,6 @@ def split_centroids(
     )
 
 
-def capability(x: Tensor) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
-
-
-def processors(x: Tensor) -> int:
-    """Programs that run at a time."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
-
-
 def _launch(kernel: str, programs: int, config: Config, x: Tensor, *arguments: Tensor | int) -> None:
     from . import kmeans_triton_kernels as kernels
 
@@ -298,12 +279,8 @@ def _launch(kernel: str, programs: int, config: Config, x: Tensor, *arguments: T
         )
 
 
-def _interpreted() -> bool:
+def _a_kernel() -> Any:
     # Imported here, so that a machine without Triton can import this module.
     from .kmeans_triton_kernels import step_kernel
 
-    return type(step_kernel).__name__ == "InterpretedFunction"
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+    return step_kernel

@@ -15,7 +15,16 @@ from spt_fast.devices import device_name
 from spt_fast.kernels import available_backends, unavailable_backends
 from spt_fast.kernels.kmeans_cpu import instruction_sets
 
-PACKAGES = ("torch", "triton", "timm", "torchvision", "scikit-learn", "safetensors", "cupy-cuda13x", "torchao")
+PACKAGES = (
+    "torch",
+    "triton",
+    "timm",
+    "torchvision",
+    "scikit-learn",
+    "safetensors",
+    "cupy-cuda13x",
+    "torchao",
+)
 
 
 def machine_facts() -> dict[str, dict[str, Any]]:

@@ -167,7 +167,9 @@ def test_backend_by_argument_and_environment(monkeypatch: pytest.MonkeyPatch) ->
     prompt_attention(*inputs, backend="torch")
     with pytest.raises(BackendError, match="backend=cuda.*it has triton, torch"):
         prompt_attention(*inputs, backend="cuda")
-    with pytest.raises(BackendError, match="backend=triton: prompt_attention cannot run on it here: .*float64"):
+    with pytest.raises(
+        BackendError, match="backend=triton: prompt_attention cannot run on it here: .*float64"
+    ):
         prompt_attention(*inputs, backend="triton")
     monkeypatch.setenv("SPT_FAST_BACKEND", "abacus")
     with pytest.raises(BackendError, match="SPT_FAST_BACKEND=abacus"):
