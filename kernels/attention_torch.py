@@ -26,18 +26,22 @@ Piece = tuple[slice, slice]  # images, heads
 def forward(inputs: AttentionInputs, out: Tensor) -> Tensor:
     """Write the attention into ``out`` ``[B, H, Nq, d]``; returns the log-sum-exp of the scores ``[B, H, Nq]``."""
     lse = out.new_empty(out.shape[:-1], dtype=torch.promote_types(out.dtype, torch.float32))
+    room = Room()
     for piece in _pieces(inputs):
         keys, values = _keys_and_values(inputs, piece)
         if not keys.shape[2]:
             out[piece], lse[piece] = 0, -torch.inf
             continue
-        scores = _scores_base_2(inputs, piece, keys)
+        scores = _scores_base_2(inputs, piece, keys, room)
         # Clamped, so that a query without any key gets zeros.
         highest = scores.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
         powers = scores.sub_(highest).exp2_()
         total = powers.sum(dim=-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).tiny)
-        weights = torch.div(powers, total, out=torch.empty_like(powers, dtype=values.dtype))
-        out[piece] = weights @ values
+        divisor = total
+        if values.dtype == torch.float16:  # its sums of weights that do not add up to 1 might overflow
+            powers, divisor = powers.div_(total), torch.ones_like(total)
+        weighted = room("rounded", powers.shape, values).copy_(powers) @ values
+        torch.div(weighted, divisor, out=out[piece])
         lse[piece] = (highest.mul_(LN_2) + total.log_()).squeeze(-1)
     return lse
 
@@ -62,13 +66,15 @@ def backward(
     )
     lowest = torch.finfo(accumulate).min
     needs_scores = needs_prompt_k or grad_q is not None or grad_k is not None
+    room = Room()
     for piece in _pieces(inputs):
         keys, values = _keys_and_values(inputs, piece)
-        scores = _scores_base_2(inputs, piece, keys)
+        scores = _scores_base_2(inputs, piece, keys, room)
         weights = scores.sub_(lse[piece].mul(1 / LN_2).clamp_(min=lowest).unsqueeze(-1)).exp2_()
-        upstream = grad_out[piece]
+        upstream = grad_out[piece].contiguous()
+        rounded = room("rounded", weights.shape, q)
         if needs_prompt_v or grad_v is not None:
-            grad_values = weights.to(q.dtype).transpose(-1, -2) @ upstream
+            grad_values = rounded.copy_(weights).transpose(-1, -2) @ upstream
             if grad_v is not None:
                 grad_v[piece] = grad_values[:, :, num_prompts:]
             if sums_v is not None:
@@ -78,10 +84,11 @@ def backward(
         # What all values have in common adds the same to all weights' gradients of a query, which softmax does not
         # see. Without it the rest survives the rounding of this product.
         values = values - values.mean(dim=2, keepdim=True)
-        grad_weights = (upstream @ values.transpose(-1, -2)).to(accumulate)
+        products = torch.matmul(upstream, values.transpose(-1, -2), out=rounded)
+        grad_weights = room("grad_weights", weights.shape, weights).copy_(products)
         # d softmax: w * (g - sum(w * g)), in one pass.
-        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, accumulate)
-        grad_scores = torch.mul(grad_scores, inputs.scale, out=torch.empty_like(grad_scores, dtype=q.dtype))
+        torch._softmax_backward_data(grad_weights, weights, -1, accumulate, grad_input=grad_weights)
+        grad_scores = rounded.copy_(grad_weights.mul_(inputs.scale))
         if grad_q is not None:
             grad_q[piece] = grad_scores @ keys
         if needs_prompt_k or grad_k is not None:
@@ -93,6 +100,21 @@ def backward(
     grad_prompt_k = None if sums_k is None else sums_k.to(q.dtype)
     grad_prompt_v = None if sums_v is None else sums_v.to(q.dtype)
     return grad_prompt_k, grad_prompt_v
+
+
+class Room:
+    """Memory for intermediate results that the pieces use one after another: fresh memory would cost more time than
+    what is written there."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, shape: torch.Size, like: Tensor) -> Tensor:
+        """A tensor of this shape, of the type of ``like``, with anything in it."""
+        flat = self.tensors.get(name)
+        if flat is None or flat.numel() < shape.numel():
+            flat = self.tensors[name] = like.new_empty(shape.numel())
+        return flat[: shape.numel()].view(shape)
 
 
 def _pieces(inputs: AttentionInputs) -> Iterator[Piece]:
@@ -128,11 +150,12 @@ def _keys_and_values(inputs: AttentionInputs, piece: Piece) -> tuple[Tensor, Ten
     return keys, values
 
 
-def _scores_base_2(inputs: AttentionInputs, piece: Piece, keys: Tensor) -> Tensor:
+def _scores_base_2(inputs: AttentionInputs, piece: Piece, keys: Tensor, room: Room) -> Tensor:
     """Scores in units in which softmax takes powers of 2 ``[b, h, Nq, P + N]``: torch is faster at those."""
     accumulate = torch.promote_types(keys.dtype, torch.float32)
     queries = inputs.q[piece].to(accumulate) * (inputs.scale / LN_2)
-    scores = queries @ keys.to(accumulate).transpose(-1, -2)
+    shape = torch.Size((*queries.shape[:-1], keys.shape[2]))
+    scores = torch.matmul(queries, keys.to(accumulate).transpose(-1, -2), out=room("scores", shape, queries))
     missing = _missing(inputs, piece[0])
     if missing is not None:
         scores[..., : inputs.prompt_k.shape[2]].masked_fill_(missing[:, :, None], -torch.inf)

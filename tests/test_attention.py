@@ -133,6 +133,12 @@ def test_scores_of_any_size(shared: bool) -> None:
     assert all(t.grad.isfinite().all() for t in inputs)
 
 
+def test_float16_does_not_overflow_on_the_way() -> None:
+    q, k, v = torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 3000, 8), torch.full((1, 1, 3000, 8), 60.0)
+    out = prompt_attention(*(t.half() for t in (q, k, v, k[0, :, :5], v[0, :, :5])))
+    torch.testing.assert_close(out, torch.full_like(out, 60.0))
+
+
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("scores", [3 * 4 * 54, 3 * 54, 1], ids=["images", "heads", "head by head"])
 def test_in_pieces(shared: bool, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ As in test_kmeans_triton.py one child process, in which this file is a program, 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import os
@@ -20,9 +21,18 @@ from typing import Any
 import pytest
 import torch
 from attention_judge import NAMES, check_close, concatenated, inputs, judge, noise
+from judged_vits import (
+    judge_vit,
+    logits_and_gradients,
+    make_images,
+    make_prompts,
+    naive_logits_and_gradients,
+    relative_error,
+)
 
 pytest.importorskip("triton")
 
+from spt_fast import MultiTaskViT, PromptedViT
 from spt_fast.kernels import (
     attention_triton,
     prompt_attention,
@@ -326,6 +336,30 @@ def cpu_tensors_are_taken() -> None:
     x = torch.zeros(1, 8)
     assert attention_triton.why_not(x, x) is None
     assert "triton" not in unavailable_backends()["prompt_attention"]
+
+
+@case
+def whole_models() -> None:
+    """All that a model asks of the op: packed and unpacked, class-only queries, sets of different lengths."""
+    judged = judge_vit("qk_norm"), judge_vit("plain")
+    os.environ["SPT_FAST_BACKEND"] = "triton"
+    try:
+        for backbone in judged:
+            images = make_images(backbone)
+            model = PromptedViT(
+                copy.deepcopy(backbone).float(), make_prompts(backbone, "deep"), num_classes=7
+            )
+            expected = naive_logits_and_gradients(backbone, model.prompts, model.head, images, None)
+            for a, e in zip(logits_and_gradients(model, images), expected, strict=True):
+                assert relative_error(a, e) < 2e-5
+        more = PromptedViT(model.backbone, make_prompts(backbone, "deep", 3), num_classes=4, pool="avg")
+        tasks = MultiTaskViT(model.backbone, {"five": model, "three": more})
+        with torch.no_grad():
+            logits = tasks(images, ["three", "five", "three"])
+            torch.testing.assert_close(logits[1], model(images)[1])
+            torch.testing.assert_close(logits[0, :4], more(images)[0])
+    finally:
+        del os.environ["SPT_FAST_BACKEND"]
 
 
 @pytest.fixture(scope="module")

@@ -145,7 +145,8 @@ def test_bfloat16(name, depth, pool, masters):
     """Logits within 2.5e-2 of the exact function of the same bfloat16 weights and images, prompt gradients within 4e-2;
     with the whole model in bfloat16, and with float32 prompts and head on a bfloat16 backbone.
 
-    For scale: the plain concatenation, run in bfloat16 on these models, is 1e-2 away from float64, for some images 1.6e-2.
+    For scale: the plain concatenation, run in bfloat16 on these models, is 1e-2 away from float64, for some images
+    1.6e-2.
     """
     backbone = make_vit(name).bfloat16()
     images = make_images(backbone).bfloat16()
