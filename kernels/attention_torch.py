@@ -26,6 +26,7 @@ Piece = tuple[slice, slice]  # images, heads
 def forward(inputs: AttentionInputs, out: Tensor) -> Tensor:
     """Write the attention into ``out`` ``[B, H, Nq, d]``; returns the log-sum-exp of the scores ``[B, H, Nq]``."""
     lse = out.new_empty(out.shape[:-1], dtype=torch.promote_types(out.dtype, torch.float32))
+    limits = torch.finfo(lse.dtype)
     room = Room()
     for piece in _pieces(inputs):
         keys, values = _keys_and_values(inputs, piece)
@@ -34,16 +35,16 @@ def forward(inputs: AttentionInputs, out: Tensor) -> Tensor:
             continue
         scores = _scores_base_2(inputs, piece, keys, room)
         # Clamped, so that a query without any key gets zeros.
-        highest = scores.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
+        highest = scores.amax(dim=-1, keepdim=True).clamp_(min=limits.min)
         powers = scores.sub_(highest).exp2_()
-        total = powers.sum(dim=-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).tiny)
+        total = powers.sum(dim=-1, keepdim=True).clamp_(min=limits.tiny)
         divisor = total
         if values.dtype == torch.float16:  # its sums of weights that do not add up to 1 might overflow
             powers, divisor = powers.div_(total), torch.ones_like(total)
         weighted = room("rounded", powers.shape, values).copy_(powers) @ values
         torch.div(weighted, divisor, out=out[piece])
-        lse[piece] = (highest.mul_(LN_2) + total.log_()).squeeze(-1)
-    return lse
+        lse[piece] = total.log2_().add_(highest).squeeze(-1)
+    return lse.mul_(LN_2)
 
 
 def backward(
@@ -64,13 +65,13 @@ def backward(
         q.new_zeros(inputs.prompt_k.shape, dtype=accumulate) if needed else None
         for needed in (needs_prompt_k, needs_prompt_v)
     )
-    lowest = torch.finfo(accumulate).min
+    shift = lse.mul(1 / LN_2).clamp_(min=torch.finfo(lse.dtype).min).unsqueeze(-1)
     needs_scores = needs_prompt_k or grad_q is not None or grad_k is not None
     room = Room()
     for piece in _pieces(inputs):
         keys, values = _keys_and_values(inputs, piece)
         scores = _scores_base_2(inputs, piece, keys, room)
-        weights = scores.sub_(lse[piece].mul(1 / LN_2).clamp_(min=lowest).unsqueeze(-1)).exp2_()
+        weights = scores.sub_(shift[piece]).exp2_()
         upstream = grad_out[piece].contiguous()
         rounded = room("rounded", weights.shape, q)
         if needs_prompt_v or grad_v is not None:
