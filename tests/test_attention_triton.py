@@ -1,26 +1,18 @@
-"""The Triton backend of prompt_attention against concatenation in float64, under Triton's interpreter.
-
-As in test_kmeans_triton.py one child process, in which this file is a program, tries every case.
-"""
+"""The Triton backend of prompt_attention against concatenation in float64, under Triton's interpreter."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-import json
 import os
-import subprocess
-import sys
-import traceback
-from collections.abc import Callable
 from functools import cache
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from attention_judge import NAMES, check_close, concatenated, inputs, judge, noise
+from interpreted import Case, outcomes_of, print_outcomes
 from judged_vits import (
     judge_vit,
     logits_and_gradients,
@@ -42,7 +34,6 @@ from spt_fast.kernels import (
 )
 from spt_fast.kernels.attention_inputs import AttentionInputs
 
-Case = Callable[[], None]
 HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
 
 
@@ -365,13 +356,7 @@ def whole_models() -> None:
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, str | None]:
     """Case -> its traceback, or ``None`` if it went well."""
-    root = Path(__file__).resolve().parents[1]
-    found = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    found["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), found.get("PYTHONPATH")]))
-    child = subprocess.run([sys.executable, __file__], env=found, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr
-    outcomes: dict[str, str | None] = json.loads(child.stdout.splitlines()[-1])
-    return outcomes
+    return outcomes_of(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -491,16 +476,5 @@ def test_chunks_of_images_fill_the_gpu(images: int, programs: int, at_a_time: in
     assert walked <= 1.25 * max(1, programs * images / at_a_time) + 1
 
 
-def try_all() -> dict[str, str | None]:
-    outcomes: dict[str, str | None] = {}
-    for name, run in CASES.items():
-        try:
-            run()
-            outcomes[name] = None
-        except Exception:
-            outcomes[name] = traceback.format_exc()
-    return outcomes
-
-
 if __name__ == "__main__":
-    print(json.dumps(try_all()))
+    print_outcomes(CASES)

@@ -1,21 +1,10 @@
-"""The Triton backend of the k-means ops against the judge, under Triton's interpreter.
-
-Triton decides when it is first imported whether it compiles or interprets. So one child process, in which this file
-is a program, tries every case; each test then asks how its case went.
-"""
+"""The Triton backend of the k-means ops against the judge, under Triton's interpreter."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import traceback
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
+from interpreted import Case, outcomes_of, print_outcomes
 from kmeans_judge import check
 from torch import Tensor
 
@@ -23,7 +12,6 @@ pytest.importorskip("triton")
 
 from spt_fast.kernels import kmeans_triton
 
-Case = Callable[[], None]
 HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
 
 
@@ -165,13 +153,7 @@ def cpu_tensors_are_taken() -> None:
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, str | None]:
     """Case -> its traceback, or ``None`` if it went well."""
-    root = Path(__file__).resolve().parents[1]
-    found = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    found["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), found.get("PYTHONPATH")]))
-    child = subprocess.run([sys.executable, __file__], env=found, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr
-    outcomes: dict[str, str | None] = json.loads(child.stdout.splitlines()[-1])
-    return outcomes
+    return outcomes_of(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -207,16 +189,5 @@ def test_programs_fill_the_gpu_in_whole_waves(layers: int, tiles: int, processor
         assert idle < layers, "one more program for each layer would have fitted into the last wave"
 
 
-def try_all() -> dict[str, str | None]:
-    outcomes: dict[str, str | None] = {}
-    for name, run in CASES.items():
-        try:
-            run()
-            outcomes[name] = None
-        except Exception:
-            outcomes[name] = traceback.format_exc()
-    return outcomes
-
-
 if __name__ == "__main__":
-    print(json.dumps(try_all()))
+    print_outcomes(CASES)
