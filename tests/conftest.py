@@ -19,6 +19,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Test processes share the processor: threads of their own would only wait for each other's.
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
     torch.set_num_threads(1)
+    # The width of xdist's own terminal, which a console takes for good when it is made.
+    os.environ.pop("COLUMNS", None)
 
 TINY: dict[str, Any] = {
     "img_size": 32,
