@@ -1,8 +1,9 @@
 """prompt_attention in plain torch: the definition, a few images or heads at a time.
 
-The scores of a piece stay in a processor's cache between the products, which makes this faster on CPUs than
-torch's own attention over concatenated keys (``python -m benchmarks.attention``), and its memory does not grow with
-the batch. Scores and their gradients are at least float32; operands of the other products keep the inputs' type.
+The scores of a piece stay in a processor's cache between the products, which makes this faster on CPUs than torch's own
+attention over concatenated keys (``python -m benchmarks.attention``), except in float32, where it is called; and its
+memory does not grow with the batch. Scores and their gradients are at least float32; operands of the other products
+keep the inputs' type.
 """
 
 from __future__ import annotations
@@ -21,10 +22,18 @@ SCORES_ELSEWHERE = 1 << 28
 
 LN_2 = math.log(2)
 Piece = tuple[slice, slice]  # images, heads
+EVERYTHING = (slice(None), slice(None))
 
 
 def forward(inputs: AttentionInputs, out: Tensor) -> Tensor:
     """Write the attention into ``out`` ``[B, H, Nq, d]``; returns the log-sum-exp of the scores ``[B, H, Nq]``."""
+    if _suits_torchs_own(inputs):
+        keys, values = _keys_and_values(inputs, EVERYTHING)
+        attended, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            _rows(inputs.q), keys, values, scale=inputs.scale
+        )
+        out.copy_(attended)
+        return lse.contiguous()
     lse = out.new_empty(out.shape[:-1], dtype=torch.promote_types(out.dtype, torch.float32))
     limits = torch.finfo(lse.dtype)
     room = Room()
@@ -66,6 +75,22 @@ def backward(
         for needed in (needs_prompt_k, needs_prompt_v)
     )
     shift = lse.mul(1 / LN_2).clamp_(min=torch.finfo(lse.dtype).min).unsqueeze(-1)
+    if _suits_torchs_own(inputs):
+        keys, values = _keys_and_values(inputs, EVERYTHING)
+        of_q, of_keys, of_values = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            _rows(grad_out), _rows(q), keys, values, out, lse, 0.0, False, scale=inputs.scale
+        )
+        for own, gradient in (
+            (grad_q, of_q),
+            (grad_k, of_keys[:, :, num_prompts:]),
+            (grad_v, of_values[:, :, num_prompts:]),
+        ):
+            if own is not None:
+                own.copy_(gradient)
+        for sums, gradient in ((sums_k, of_keys), (sums_v, of_values)):
+            if sums is not None:
+                _add_prompts(sums, inputs, EVERYTHING, gradient[:, :, :num_prompts])
+        return sums_k, sums_v
     needs_scores = needs_prompt_k or grad_q is not None or grad_k is not None
     room = Room()
     for piece in _pieces(inputs):
@@ -101,6 +126,17 @@ def backward(
     grad_prompt_k = None if sums_k is None else sums_k.to(q.dtype)
     grad_prompt_v = None if sums_v is None else sums_v.to(q.dtype)
     return grad_prompt_k, grad_prompt_v
+
+
+def _suits_torchs_own(inputs: AttentionInputs) -> bool:
+    """Whether torch's own attention takes these and is faster: it is in float32, and not in half precision."""
+    q = inputs.q
+    plain = q.device.type == "cpu" and q.dtype == torch.float32 and inputs.prompt_lengths is None
+    return plain and bool(q.numel()) and bool(inputs.k.shape[2] + inputs.prompt_k.shape[2])
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 class Room:
@@ -140,7 +176,7 @@ def _keys_and_values(inputs: AttentionInputs, piece: Piece) -> tuple[Tensor, Ten
     if inputs.prompt_index is not None:
         prompts = [t[inputs.prompt_index[images]] for t in prompts]
     elif inputs.shared:
-        prompts = [t.expand(images.stop - images.start, -1, -1, -1) for t in prompts]
+        prompts = [t.expand(len(inputs.k[images]), -1, -1, -1) for t in prompts]
     else:
         prompts = [t[images] for t in prompts]
     missing = _missing(inputs, images)

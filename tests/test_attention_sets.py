@@ -157,6 +157,10 @@ def test_opcheck(wanted: tuple[bool, ...]) -> None:
     q, k, v = qkv.detach().permute(2, 0, 3, 1, 4)
     q = q[:, :, :2].requires_grad_(wanted[0])
     for more in ((INDEX, LENGTHS), (INDEX, None)):
+        single = [
+            t.detach().float() for t in (qkv, *sets)
+        ]  # torch's own attention, which has its own strides
+        torch.library.opcheck(torch.ops.spt_fast.prompt_attention_packed.default, (*single, *more, 0.3, None))
         torch.library.opcheck(
             torch.ops.spt_fast.prompt_attention_packed.default, (qkv, *sets, *more, 0.3, None)
         )
