@@ -39,7 +39,7 @@ class PromptedViT(nn.Module):
         train_prompts: ``False`` keeps the prompts as they are and trains the head alone (Table 4a).
         prompt_dropout: dropout on the prompts' entries in training, drawn for every image as in VPT.
         checkpoint_blocks: keep only what enters each block for the backward pass and compute the block again there:
-            a fraction of the memory for a third more time.
+            a fraction of the memory, for a second forward pass.
 
     Attributes:
         prompts: the one parameter of learnable prompts, ``[L, P, D]`` or ``[1, P, D]``.

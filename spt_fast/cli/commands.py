@@ -245,7 +245,7 @@ def train(
     ] = False,
     prompt_dropout: Annotated[float, typer.Option(help="Dropout on prompts.")] = 0.0,
     checkpoint_blocks: Annotated[
-        bool, typer.Option("--checkpoint-blocks", help="Less memory, a third more time.")
+        bool, typer.Option("--checkpoint-blocks", help="Less memory, for a second forward pass.")
     ] = False,
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = TrainingConfig.epochs,
     warmup_epochs: Annotated[
