@@ -17,6 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_dot import dot
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -24,15 +26,6 @@ LN_2 = tl.constexpr(0.6931471805599453)
 _ROWS_OF = ("q", "k", "v", "prompt_k", "prompt_v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
 _STRIDES = [f"{name}_{step}" for name in _ROWS_OF for step in ("chunk", "set", "image", "head", "row")]
 NUMBERS = [*_STRIDES, "B", "S", "H", "Nq", "N", "P", "chunks"]
-
-
-@triton.jit
-def _dot(a, b, sum, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
-    """``sum + a @ b``; Triton's interpreter cannot multiply bfloat16."""
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), sum, input_precision="ieee")
-    else:
-        return tl.dot(a, b, sum, input_precision=PRECISION)
 
 
 @triton.jit
@@ -84,7 +77,7 @@ def _products(a, b, COUNT: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: t
     """``a @ b.T`` of rows in pieces: [R, C] in float32."""
     products = tl.zeros([a[0].shape[0], b[0].shape[0]], tl.float32)
     for piece in tl.static_range(COUNT):
-        products = _dot(a[piece], tl.trans(b[piece]), products, PRECISION, INTERPRETED)
+        products = dot(a[piece], tl.trans(b[piece]), products, PRECISION, INTERPRETED)
     return products
 
 
@@ -94,7 +87,7 @@ def _accumulate(sums, weights, rows, COUNT: tl.constexpr, PRECISION: tl.constexp
     added = ()
     for piece in tl.static_range(COUNT):
         rounded = weights.to(rows[piece].dtype)
-        added = added + (_dot(rounded, rows[piece], sums[piece], PRECISION, INTERPRETED),)
+        added = added + (dot(rounded, rows[piece], sums[piece], PRECISION, INTERPRETED),)
     return added
 
 

@@ -15,21 +15,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_dot import dot
+
 
 @triton.jit
 def _read(rows, feature, stride_feature, inside, WIDTH: tl.constexpr, PIECE: tl.constexpr):
     """The piece ``feature`` [PIECE] of the tokens that start at ``rows`` [TILE, 1]; zero outside."""
     mask = inside[:, None] if WIDTH % PIECE == 0 else inside[:, None] & (feature < WIDTH)[None, :]
     return tl.load(rows + feature.to(tl.int64)[None, :] * stride_feature, mask=mask, other=0.0)
-
-
-@triton.jit
-def _dot(a, b, sum, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
-    """``sum + a @ b``; Triton's interpreter cannot multiply bfloat16."""
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), sum, input_precision="ieee")
-    else:
-        return tl.dot(a, b, sum, input_precision=PRECISION)
 
 
 @triton.jit
@@ -72,7 +65,7 @@ def _nearest(
         sq_norm += tl.sum(shifted * shifted, 1)
         # Half-precision tokens stay as they are, or the shift would round them.
         left = shifted if TERMS == 1 else tokens
-        products = _dot(left, centers, products, PRECISION, INTERPRETED)
+        products = dot(left, centers, products, PRECISION, INTERPRETED)
     # The terms of a cluster are neighbours, so that this sum stays inside a thread.
     product = tl.sum(tl.reshape(products, [TILE, CLUSTERS, TERMS]), 2)
     cluster = first + tl.arange(0, CLUSTERS)
@@ -192,7 +185,7 @@ def step_kernel(
         for piece in tl.static_range(SUM_PIECES):
             feature = piece * SUM_PIECE + tl.arange(0, SUM_PIECE)
             tokens = _read(rows, feature, stride_feature, inside, WIDTH, SUM_PIECE)
-            added = added + (_dot(tl.trans(tokens), one_hot, sums[piece], PRECISION, INTERPRETED),)
+            added = added + (dot(tl.trans(tokens), one_hot, sums[piece], PRECISION, INTERPRETED),)
         sums = added
 
     exists = clusters < K
@@ -326,7 +319,7 @@ def accumulate_kernel(
         # they only sum a tile. (Written as a difference, or the compiler would move the sum into the product.)
         minus_one_hot = tl.where(chosen, -1.0, 0.0).to(x.dtype.element_ty)
         none = tl.zeros([SUM_PIECE, CLUSTERS], tl.float32)
-        sums -= _dot(tl.trans(tokens), minus_one_hot, none, PRECISION, INTERPRETED)
+        sums -= dot(tl.trans(tokens), minus_one_hot, none, PRECISION, INTERPRETED)
 
     exists = clusters < K
     own = partial_sums + (program * K + clusters)[None, :] * WIDTH + feature[:, None]
