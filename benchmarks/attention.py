@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from functools import lru_cache, partial
 from typing import Annotated, Any
 
 import torch
@@ -128,7 +127,7 @@ def compare(
             if reason is None:
                 reason = why_not(peer.attend, inputs, upstream, part, TOLERANCE[case["dtype"]])
             if reason is None:
-                works[name][peer.name] = lambda number, peer=peer, run=run: run(peer, number)
+                works[name][peer.name] = partial(run, peer)
             else:
                 reasons[name, peer.name] = reason
     for name, runnable in works.items():
@@ -141,7 +140,9 @@ def compare(
                 record.measured(own, peer.name, samples[peer.name], limit=limit)
             else:
                 record.missing(own, peer.name, reasons[name, peer.name])
-        shown = f"{case['model']}, batch {case['batch_size']}, P={case['num_prompts']}, {case['dtype']}: {name}"
+        shown = (
+            f"{case['model']}, batch {case['batch_size']}, P={case['num_prompts']}, {case['dtype']}: {name}"
+        )
         show(shown, record.rows[before:], against=peers[0].name)
 
 

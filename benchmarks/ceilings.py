@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.timing import take_turns
+from benchmarks.timing import Work, take_turns
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,14 @@ def measure_ceilings(
     source = torch.empty(numbers, device=device).uniform_()
     target = torch.empty_like(source)
     factors = {name: [_random(side, name, device) for _ in range(2)] for name in dtypes}
-    works = {
+
+    def product(pair: list[torch.Tensor], number: int) -> None:
+        torch.mm(*pair)
+
+    works: dict[str, Work] = {
         "copy": lambda number: target.copy_(source),
         "read": lambda number: source.amax(),
-        **{
-            f"matmul {name}": (lambda number, pair=pair: torch.mm(*pair)) for name, pair in factors.items()
-        },
+        **{f"matmul {name}": partial(product, pair) for name, pair in factors.items()},
     }
     samples = take_turns(device, works, rounds)
     return Ceilings(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,8 @@ from benchmarks.summary import duration, middle, quartiles, ratio, share_of_limi
 from spt_fast.devices import choose_device
 from spt_fast.errors import SptFastError
 
-console = Console()
+# Into a file or a pipe tables are as wide as they need to be.
+console = Console(width=None if sys.stdout.isatty() else 140)
 
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda; sizes follow from it unless given.")]
 RoundsOption = Annotated[int, typer.Option(min=1, help="Times that every peer has its turn.")]

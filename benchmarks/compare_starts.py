@@ -16,7 +16,6 @@ import json
 import statistics
 import tempfile
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,14 +23,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from PIL import Image
 from rich.table import Table
 
 import spt_fast
-from benchmarks.command import console, machine, mistakes_in_one_sentence
-from benchmarks.image_folder import load_images
-from spt_fast.backbones import image_settings
-from spt_fast.data import ImageDataset, load_dataset, make_loader, make_transform
+from benchmarks.command import console, mistakes_in_one_sentence
+from benchmarks.image_sets import image_sets
+from benchmarks.record import machine
+from spt_fast.data import ImageDataset, make_loader
 from spt_fast.devices import choose_device
 from spt_fast.errors import InputError
 from spt_fast.files import write_text
@@ -187,7 +185,9 @@ def run(job: dict[str, Any], where: dict[str, Any]) -> dict[str, Any]:
             "vit_tiny_patch16_224", checkpoint="bundled:vit_tiny_mae_cifar10", img_size=32, patch_size=4
         )
         _CACHE["backbone"].to(choose_device())
-        _CACHE["images"] = _images(where["data"], where["test_data"], _CACHE["backbone"])
+        _CACHE["images"] = image_sets(
+            where["data"], where["test_data"], _CACHE["backbone"], TRAIN_PER_CLASS, VAL_PER_CLASS
+        )
     backbone, (training, validation, test) = _CACHE["backbone"], _CACHE["images"]
     start = _start(job, training, backbone, Path(where["work"]))
     config = spt_fast.TrainingConfig(
@@ -241,41 +241,6 @@ def _start(job: dict[str, Any], training: ImageDataset, backbone: Any, work: Pat
         )
     built.save(file)
     return built
-
-
-def _images(
-    data: str, test_data: str | None, backbone: Any
-) -> tuple[ImageDataset, ImageDataset, ImageDataset]:
-    """Training, validation and test images, disjoint, none augmented."""
-    transform = make_transform("vtab", train=False, **image_settings(backbone))
-    if data == "digits":
-        return tuple(load_dataset("digits", split, transform=transform) for split in ("train", "val", "test"))  # type: ignore[return-value]
-    if test_data is None:
-        raise InputError("--test-data is needed beside --data, unless the data is digits")
-    pool, test = _in_memory(data, transform), _in_memory(test_data, transform)
-    picked = [
-        list(itertools.islice(_of_class(pool, label), TRAIN_PER_CLASS + VAL_PER_CLASS))
-        for label in range(len(pool.classes))
-    ]
-    training = [index for indices in picked for index in indices[:TRAIN_PER_CLASS]]
-    validation = [index for indices in picked for index in indices[TRAIN_PER_CLASS:]]
-    return pool.subset(training), pool.subset(validation), test
-
-
-def _in_memory(path: str, transform: Any) -> ImageDataset:
-    images, labels, classes = load_images(Path(path), 32)
-    samples = [
-        (Image.fromarray(image), label)
-        for image, label in zip(images.permute(0, 2, 3, 1).numpy(), labels.tolist(), strict=True)
-    ]
-    return ImageDataset(samples, classes, transform=transform, name=Path(path).name)
-
-
-def _of_class(pool: ImageDataset, label: int) -> Iterator[int]:
-    """Indices of a class in an order that does not follow the file names."""
-    indices = [index for index, target in enumerate(pool.targets) if target == label]
-    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(label)).tolist()
-    return (indices[position] for position in order)
 
 
 def _share_cores(jobs: int) -> None:

@@ -35,8 +35,9 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_weight_decay
 from torch import Tensor
 
-from benchmarks.command import console, load_with_progress, machine, mistakes_in_one_sentence
+from benchmarks.command import console, load_with_progress, mistakes_in_one_sentence
 from benchmarks.masked_autoencoder import MaskedAutoencoder, create_backbone
+from benchmarks.record import machine
 from spt_fast.devices import choose_device, device_name, prefers_bfloat16
 from spt_fast.errors import CheckpointError, InputError
 from spt_fast.files import atomic_path

@@ -22,9 +22,10 @@ from sklearn.preprocessing import StandardScaler
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from benchmarks.command import console, load_with_progress, machine, mistakes_in_one_sentence
+from benchmarks.command import console, load_with_progress, mistakes_in_one_sentence
 from benchmarks.masked_autoencoder import Normalise, create_backbone, require_class_token_vit
 from benchmarks.pretrain_backbone import Recipe
+from benchmarks.record import machine
 from spt_fast.devices import choose_device
 from spt_fast.errors import CheckpointError, InputError, MissingFileError
 from spt_fast.files import write_text

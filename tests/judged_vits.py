@@ -12,9 +12,10 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from naive_vpt import naive_forward
 from timm.layers import RmsNorm, SwiGLUPacked
 from torch import Tensor, nn
+
+from benchmarks.naive_vpt import naive_forward
 
 NUM_CLASSES = 7
 SMALL: dict[str, Any] = {

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 from typer.testing import CliRunner
 
 from benchmarks import compare_starts
-from spt_fast.data import make_transform
 
 RATES = compare_starts.LEARNING_RATES
 
@@ -98,24 +96,3 @@ def test_results_of_another_setting_are_refused(jobs: list, tmp_path: Path) -> N
     before = output.read_text()
     assert invoke(output, "--epochs", "9").exit_code == 1
     assert output.read_text() == before
-
-
-def test_image_sets_are_disjoint_and_balanced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare_starts, "TRAIN_PER_CLASS", 4)
-    monkeypatch.setattr(compare_starts, "VAL_PER_CLASS", 3)
-    for split, count in (("pool", 10), ("test", 2)):
-        for label, name in enumerate(("cat", "dog")):
-            (tmp_path / split / name).mkdir(parents=True)
-            for index in range(count):
-                colour = (index * 20, label * 200, 100 if split == "test" else 0)
-                Image.new("RGB", (32, 32), colour).save(tmp_path / split / name / f"{index}.png")
-    backbone = compare_starts.spt_fast.load_backbone(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1
-    )
-    sets = compare_starts._images(str(tmp_path / "pool"), str(tmp_path / "test"), backbone)
-    training, validation, test = sets
-    assert [sorted(part.targets) for part in sets] == [[0] * 4 + [1] * 4, [0] * 3 + [1] * 3, [0, 0, 1, 1]]
-    pixels = [{part.samples[i][0].tobytes() for i in range(len(part))} for part in sets]
-    assert len(set.union(*pixels)) == sum(len(part) for part in sets)
-    plain = make_transform("vtab", train=False, **compare_starts.image_settings(backbone))
-    assert (training[0][0] == plain(training.samples[0][0])).all()

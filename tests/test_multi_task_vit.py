@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from judged_vits import VITS, assert_equal_to_1e_10, judge_vit, make_images, make_vit
-from naive_vpt import naive_forward
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import spt_fast.multi_task_vit
+from benchmarks.naive_vpt import naive_forward
 from spt_fast import Adapter, MultiTaskViT, PromptedViT, load_adapter, save_adapter
 from spt_fast.errors import AdapterMismatchError, CheckpointError, InputError, MissingFileError
 from spt_fast.kernels import prompt_attention_packed

@@ -26,7 +26,6 @@ from judged_vits import (
     relative_error,
     seed_for,
 )
-from naive_vpt import naive_forward
 from timm.layers import Attention
 from timm.models.vision_transformer import (
     Block,
@@ -38,6 +37,7 @@ from timm.models.vision_transformer import (
 from torch import nn
 
 import spt_fast
+from benchmarks.naive_vpt import naive_forward
 from spt_fast.errors import InputError, UnsupportedModelError
 
 # Blocks that a fast path could easily get subtly wrong: to refuse them is fine, to compute something else is not.

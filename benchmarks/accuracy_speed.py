@@ -1,0 +1,132 @@
+"""Accuracy against seconds: what each start of deep prompts has reached by when, prototypes included.
+
+    python -m benchmarks.accuracy_speed                        # scikit-learn's digits
+    python -m benchmarks.accuracy_speed --data cifar10/train.zip --test-data cifar10/val.zip --epochs 10
+
+Runs differ in the start and the seed alone: same model, images and base learning rate. After every epoch the model is
+judged on images it does not train on; that takes all of them equally long and is part of the seconds. VPT's uniform
+start costs nothing to make. ``benchmarks.compare_starts`` gives each start a learning rate of its own.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import spt_fast
+from benchmarks.command import DeviceOption, MinutesOption, ResultsOption, measuring, show
+from benchmarks.image_sets import image_sets
+from benchmarks.record import RESULTS, Record, Row
+from spt_fast.building import Method
+from spt_fast.data import ImageDataset, make_loader
+from spt_fast.devices import choose_device
+
+app = typer.Typer(pretty_exceptions_enable=False)
+
+STARTS: dict[Method, str] = {
+    "kmeans": "SPT-Deep, k-means",
+    "minibatch_kmeans": "SPT-Deep, mini-batch k-means",
+    "mean_pool": "SPT-Deep, mean pooling",
+    "max_pool": "SPT-Deep, max pooling",
+    "random_sample": "SPT-Deep, random sample",
+    "uniform": "VPT-Deep, uniform",
+}
+BACKBONE: dict[str, Any] = {"checkpoint": "bundled:vit_tiny_mae_cifar10", "img_size": 32, "patch_size": 4}
+EXTRAS = {
+    "prototypes": lambda row: f"{statistics.median(curve[0][0] for curve in row['curves']):.2f} s",
+    "accuracy": lambda row: f"{statistics.mean(row['test_accuracy']):.1%}",
+}
+
+
+@app.command()
+def main(
+    context: typer.Context,
+    data: Annotated[
+        str, typer.Option(help="digits, or an ImageFolder (or a zip of one) to draw training images from.")
+    ] = "digits",
+    test_data: Annotated[
+        str | None, typer.Option(help="ImageFolder or zip to judge on; not for digits.")
+    ] = None,
+    images_per_class: Annotated[
+        int, typer.Option(min=1, help="Training images of a class; of the digits all are used.")
+    ] = 100,
+    start: Annotated[
+        list[Method] | None, typer.Option(help=f"{', '.join(STARTS)}; may be repeated. All if not given.")
+    ] = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts of a block.")] = 20,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 4,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each start.")] = 1,
+    device: DeviceOption = "auto",
+    minutes: MinutesOption = None,
+    results: ResultsOption = RESULTS,
+) -> None:
+    """Accuracy against seconds for every start of deep prompts, on real images."""
+    config = spt_fast.TrainingConfig(epochs=epochs, warmup_epochs=max(1, epochs // 10))
+    settings = {"batch_size": config.batch_size, "learning_rate": config.learning_rate}
+    with measuring("accuracy_speed", context, device, results, minutes, **settings) as (record, _):
+        backbone = spt_fast.load_backbone("vit_tiny_patch16_224", **BACKBONE).to(choose_device(device))
+        training, _, test = image_sets(data, test_data, backbone, images_per_class, 0)
+        case = {
+            "data": Path(data).parent.name or data if data.endswith(".zip") else Path(data).name,
+            "images": len(training),
+            "num_prompts": num_prompts,
+            "epochs": epochs,
+        }
+        curves: dict[Method, list[list[list[float]]]] = {name: [] for name in start or STARTS}
+        for seed in range(seeds):
+            for name, found in curves.items():
+                found.append(curve(name, backbone, training, test, num_prompts, config, seed))
+            record.rows.clear()
+            for name, found in curves.items():
+                add(record, case, STARTS[name], found, len(training.classes))
+            record.save()
+            if record.out_of_time:
+                break
+        title = f"{case['data']}, {len(training)} images, {epochs} epochs, P={num_prompts}"
+        show(title, record.rows, against=record.rows[0]["peer"], extras=EXTRAS)
+
+
+def curve(
+    method: Method,
+    backbone: Any,
+    training: ImageDataset,
+    test: ImageDataset,
+    num_prompts: int,
+    config: spt_fast.TrainingConfig,
+    seed: int,
+) -> list[list[float]]:
+    """Seconds and accuracy: with the prototypes, before any step, and after every epoch."""
+    loader = make_loader(training, shuffle=True, seed=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lloyd still moving a little after its 300 passes
+        start = spt_fast.build_prototypes(backbone, loader, num_prompts=num_prompts, method=method, seed=seed)
+    spent = start.metadata["seconds"]
+    torch.manual_seed(seed)
+    model = spt_fast.PromptedViT(backbone, start, num_classes=len(training.classes), pool="avg")
+    before = spt_fast.evaluate(model, test).accuracy
+    with tempfile.TemporaryDirectory() as folder:
+        own = spt_fast.TrainingConfig(**{**vars(config), "seed": seed})
+        trained = spt_fast.train(model, training, test, output=folder, config=own)
+    reached = [[spent + row["seconds"], row["val_accuracy"]] for row in trained.metrics]
+    return [[spent, before], *reached]
+
+
+def add(record: Record, case: Row, peer: str, curves: list[list[list[float]]], classes: int) -> None:
+    """Add the row of a start; one that learned nothing has no time to compare."""
+    accuracy = [each[-1][1] for each in curves]
+    # Half-way between guessing and knowing would be a high bar after few epochs; twice as good as guessing is not.
+    if min(accuracy) < 2 / classes:
+        record.missing(case, peer, f"did not learn: accuracy {min(accuracy):.1%} with {classes} classes")
+    else:
+        seconds = [each[-1][0] for each in curves]
+        record.measured(case, peer, seconds, curves=curves, test_accuracy=accuracy)
+
+
+if __name__ == "__main__":
+    app()
