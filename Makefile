@@ -1,24 +1,32 @@
 # Everything a person does here is one word; `make` alone lists the words.
 
-PYTHON ?= python3
-VENV   ?= .venv
-RUNS   ?= runs
+PYTHON  ?= python3
+VENV    ?= .venv
+RUNS    ?= runs
+RESULTS ?= benchmarks/results
 
 IN_VENV := $(VENV)/bin/python -m
 # The files that say what to install: when one of them changes, the installation is brought up to date.
 PACKAGING := setup.py pyproject.toml spt_fast/_version.py $(wildcard CMakeLists.txt kernels/cpu/* kernels/cuda/*)
 
 # A stamp is written after its step succeeded, so that a step that was interrupted is done again.
-VENV_READY := $(VENV)/.venv-ready
-INSTALLED  := $(VENV)/.installed
-DEV_READY  := $(VENV)/.installed-dev
+VENV_READY  := $(VENV)/.venv-ready
+INSTALLED   := $(VENV)/.installed
+DEV_READY   := $(VENV)/.installed-dev
+BENCH_READY := $(VENV)/.installed-bench
+
+# pytest makes the file that regressions compares, but not its folder.
+CURRENT         := .benchmarks/current.json
+DEVELOPER_SUITE := mkdir -p .benchmarks && $(IN_VENV) pytest benchmarks/test_*.py --quiet --benchmark-json=$(CURRENT)
+# Where nothing may be installed: the environment if there is one, else the machine's own Python.
+ANY_PYTHON = $(firstword $(wildcard $(VENV)/bin/python) $(PYTHON))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv install demo test lint format clean
+.PHONY: help venv install demo test bench bench-baseline bench-gpu lint format clean
 
 help:  ## list the targets
-	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 venv: $(VENV_READY)  ## create .venv (PYTHON=python3.12 chooses the interpreter)
 
@@ -29,6 +37,19 @@ demo: $(INSTALLED)  ## SPT against VPT on bundled data, offline: writes runs/dem
 
 test: lint  ## lint, then the whole test suite
 	$(IN_VENV) pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# A benchmark that failed does not keep the others from being drawn.
+bench: $(BENCH_READY)  ## what became slower, then every benchmark at this machine's sizes, in 10 minutes
+	@$(DEVELOPER_SUITE)
+	@$(IN_VENV) benchmarks.regressions $(CURRENT)
+	@$(IN_VENV) benchmarks.suite --results $(RESULTS); code=$$?; $(IN_VENV) benchmarks.report --results $(abspath $(RESULTS)) && exit $$code
+
+bench-baseline: $(BENCH_READY)  ## what `make bench` compares with from now on
+	@$(DEVELOPER_SUITE)
+	@$(IN_VENV) benchmarks.regressions $(CURRENT) --replace
+
+bench-gpu:  ## GPU tests and all benchmarks on a GPU, in 9 minutes; installs nothing, goes on when called again
+	@PYTHONPATH=. $(ANY_PYTHON) -m benchmarks.suite --device cuda --resume --results $(RESULTS)
 
 lint: $(DEV_READY)  ## ruff (rules and format) and mypy
 	$(IN_VENV) ruff check .
@@ -64,4 +85,9 @@ $(INSTALLED): $(VENV_READY) $(PACKAGING)
 $(DEV_READY): $(VENV_READY) $(PACKAGING)
 	@echo "Installing spt-fast and its development tools into $(VENV); the first time this downloads PyTorch, a few GB ..."
 	@$(IN_VENV) pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $(INSTALLED) $@
+
+$(BENCH_READY): $(VENV_READY) $(PACKAGING)
+	@echo "Installing spt-fast and what it is compared with into $(VENV); the first time this downloads a few GB ..."
+	@$(IN_VENV) pip install --quiet --disable-pip-version-check --editable '.[test,bench]'
 	@touch $(INSTALLED) $@

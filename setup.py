@@ -119,7 +119,14 @@ REQUIREMENTS = [
     "typer>=0.20",  # older ones ignore a missing required option when click is 8.3 or newer
 ]
 GPU = ["cupy-cuda13x>=13.6"]
-BENCH = ["faiss-cpu>=1.9"]
+# cuML, cuVS and faiss-gpu are measured as well where they are installed already.
+BENCH = [
+    "faiss-cpu>=1.9",
+    "fastkmeans>=0.5",
+    "flash-kmeans>=0.3; sys_platform == 'linux'",
+    "pytest-benchmark>=5",
+    "nvidia-ml-py>=13.615",
+]
 LOW_PRECISION = ["torchao>=0.17"]
 TEST = [
     *LOW_PRECISION,

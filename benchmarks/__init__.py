@@ -1,1 +1,19 @@
 """The numbers this project claims, and the files it bundles, each made by one command."""
+
+# What `spt-fast bench` lists: the name of a module here with a typer app called `app`, and what it measures.
+BENCHMARKS = {
+    "kmeans": "One Lloyd iteration and time to convergence, against other k-means libraries.",
+    "prototypes": "From images to prototypes: the paper's Table 1 again, beside its own times.",
+    "attention": "prompt_attention, forward and backward, against torch's attention kernels.",
+    "train_step": "A training step against naive VPT, no prompts, linear probe and full fine-tuning.",
+    "scaling": "How time and memory grow with the tokens of a stream, and with processes.",
+    "accuracy_speed": "Accuracy against seconds for every start of deep prompts.",
+    "multi_task": "A batch of many tasks against one task alone and against a loop over tasks.",
+    "low_precision": "What 8-bit frozen weights cost in accuracy and gain in time.",
+    "compare_starts": "Which start of prompts ends where, over learning rates and seeds.",
+}
+# The commands around them.
+TOOLS = {
+    "suite": "Every benchmark in one go, resumable.",
+    "report": "Draw what the benchmarks measured.",
+}

@@ -26,8 +26,9 @@ from benchmarks.record import RESULTS, Record, Row
 from spt_fast.building import Method
 from spt_fast.data import ImageDataset, make_loader
 from spt_fast.devices import choose_device
+from spt_fast.errors import InputError
 
-app = typer.Typer(pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 STARTS: dict[Method, str] = {
     "kmeans": "SPT-Deep, k-means",
@@ -57,7 +58,7 @@ def main(
         int, typer.Option(min=1, help="Training images of a class; of the digits all are used.")
     ] = 100,
     start: Annotated[
-        list[Method] | None, typer.Option(help=f"{', '.join(STARTS)}; may be repeated. All if not given.")
+        list[str] | None, typer.Option(help=f"{', '.join(STARTS)}; may be repeated. All if not given.")
     ] = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts of a block.")] = 20,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 4,
@@ -70,6 +71,10 @@ def main(
     config = spt_fast.TrainingConfig(epochs=epochs, warmup_epochs=max(1, epochs // 10))
     settings = {"batch_size": config.batch_size, "learning_rate": config.learning_rate}
     with measuring("accuracy_speed", context, device, results, minutes, **settings) as (record, _):
+        wanted = [name for name in STARTS if not start or name in start]
+        unknown = set(start or []) - set(wanted)
+        if unknown:
+            raise InputError(f"--start must be one of {', '.join(STARTS)}, got {', '.join(sorted(unknown))}")
         backbone = spt_fast.load_backbone("vit_tiny_patch16_224", **BACKBONE).to(choose_device(device))
         training, _, test = image_sets(data, test_data, backbone, images_per_class, 0)
         case = {
@@ -78,7 +83,7 @@ def main(
             "num_prompts": num_prompts,
             "epochs": epochs,
         }
-        curves: dict[Method, list[list[list[float]]]] = {name: [] for name in start or STARTS}
+        curves: dict[Method, list[list[list[float]]]] = {name: [] for name in wanted}
         for seed in range(seeds):
             for name, found in curves.items():
                 found.append(curve(name, backbone, training, test, num_prompts, config, seed))

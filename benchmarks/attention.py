@@ -36,7 +36,7 @@ from spt_fast.devices import choose_device
 from spt_fast.errors import InputError
 from spt_fast.kernels import available_backends, prompt_attention_packed
 
-app = typer.Typer(pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 # Heads, their width and the tokens of an image.
 SHAPES = {

@@ -47,7 +47,7 @@ NAMES = {
 NUM_PROMPTS = 20
 TRAIN_PER_CLASS = VAL_PER_CLASS = 100
 
-app = typer.Typer(pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()

@@ -22,7 +22,7 @@ from benchmarks.kmeans_runs import compare_runs
 from benchmarks.record import RESULTS
 from spt_fast.devices import choose_device, free_memory
 
-app = typer.Typer(pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 # Sweeps around one point, as (layers, tokens, features, clusters).
 WIDTHS, NUMBERS, LAYERS = (192, 384, 768, 1024, 1280), (5, 20, 50, 100, 256), (1, 12, 24, 32)

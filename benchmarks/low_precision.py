@@ -26,7 +26,7 @@ from spt_fast.devices import choose_device
 from spt_fast.errors import InputError
 from spt_fast.low_precision import WeightDtype
 
-app = typer.Typer(pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def _percent(name: str) -> Any:

@@ -24,7 +24,7 @@ from benchmarks.timing import rotated, take_turns
 from spt_fast import MultiTaskViT, PromptedViT, load_backbone
 from spt_fast.devices import choose_device
 
-app = typer.Typer(pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 # Relative error in norm against float32: rounding in bfloat16 through a dozen blocks.
 TOLERANCE = 0.05

@@ -36,7 +36,7 @@ from spt_fast.devices import choose_device
 from spt_fast.kernels import kmeans_step
 from spt_fast.tokens import stream_layer_tokens
 
-app = typer.Typer(pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 CUB_IMAGES = 5394
 FRACTIONS = (0.1, 0.3, 0.5, 0.7, 1.0)

@@ -179,6 +179,7 @@ class Record:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             assert {"benchmark", "command", "machine", "rows", "complete"} <= set(content)
+            assert {"device", "device_type"} <= set(content["machine"])
         except (AssertionError, ValueError, TypeError):
             raise InputError(f"{path} is not a benchmark's record") from None
         return dict(content)

@@ -28,7 +28,7 @@ from benchmarks.summary import middle
 from spt_fast.clustering import KMeans
 from spt_fast.devices import choose_device
 
-app = typer.Typer(pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 # Tokens by library. scikit-learn's runs on CPUs only, and takes as long again.
 SIZES: dict[str, dict[str, list[int]]] = {

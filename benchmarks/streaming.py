@@ -24,7 +24,7 @@ from spt_fast.clustering import MiniBatchKMeans
 from spt_fast.devices import choose_device
 from spt_fast.distributed import process_group
 
-app = typer.Typer(pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 # Different chunks that take turns: what is streamed is as large as asked, what lies in memory is not.
 CHUNKS = 8

@@ -39,7 +39,7 @@ from spt_fast.devices import choose_device
 from spt_fast.errors import InputError
 from spt_fast.pooling import reads_prefix_only
 
-app = typer.Typer(pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 SMALL, BASE, LARGE, HUGE = (
     "vit_small_patch16_224",

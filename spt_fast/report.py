@@ -2,21 +2,19 @@
 
 ``write_curves`` draws accuracy and loss as a PNG or SVG; ``write_report`` writes one HTML file that needs
 nothing else: no network, no script, no second file. Both take the same :class:`Run` objects and give the same
-bytes for the same input. The look of the page (CSS and layout) lives in ``assets/report.html``; this module
-fills it in.
+bytes for the same input. The look of the page (layout and CSS) lives in ``assets/report.html``, and
+what it shares with other pages in :mod:`spt_fast.drawing`; this module fills it in.
 """
 
 from __future__ import annotations
 
 import base64
-import html
 import importlib.resources
 import io
 import itertools
 import math
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -28,6 +26,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
+from spt_fast.drawing import (
+    LIGHT_SERIES,
+    NO_METADATA,
+    PAPER,
+    STYLE,
+    chart,
+    colour,
+    dashes,
+    definitions,
+    escape,
+    page_style,
+    swatch,
+)
 from spt_fast.errors import InputError
 from spt_fast.files import atomic_path, write_text
 
@@ -48,52 +59,6 @@ SUMMARY_KEYS = (
     "trainable_parameters",
 )
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, darkened for white and lightened for
-# dark paper until each has a contrast of at least 3:1. Dashes tell the lines apart in a grey print.
-LIGHT_SERIES = ("#0072b2", "#d55e00", "#00845f", "#b8528a", "#8a6d00", "#2f2f7a")
-DARK_SERIES = ("#56b4e9", "#ff9145", "#2fc99a", "#ec9cc8", "#e9d94a", "#a9a9f5")
-DASHES: tuple[tuple[float, ...], ...] = ((), (4, 1.6), (1.2, 1.4), (6, 1.6, 1.2, 1.6), (2.4, 1.2))
-INK, RULE, PAPER = "#57606a", "#dfe3e8", "#ffffff"
-
-# The page follows the reader's theme: matplotlib's fixed colours become names that the page's CSS defines.
-THEMED = {INK: "currentColor", RULE: "var(--rule)", PAPER: "var(--paper)"} | {
-    colour: f"var(--series-{index})" for index, colour in enumerate(LIGHT_SERIES)
-}
-
-STYLE = {
-    "axes.edgecolor": RULE,
-    "axes.grid": True,
-    "axes.labelcolor": INK,
-    "axes.spines.left": False,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 12,
-    "axes.xmargin": 0.02,
-    "figure.constrained_layout.h_pad": 0.1,
-    "figure.facecolor": PAPER,
-    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib, so a picture is the same everywhere
-    "font.size": 10.5,
-    "grid.color": RULE,
-    "grid.linewidth": 0.8,
-    "legend.frameon": False,
-    "lines.linewidth": 2.0,
-    "savefig.dpi": 150,
-    "svg.hashsalt": "spt-fast",
-    "text.color": INK,
-    "text.parse_math": False,  # a "$" in the name of a run is a dollar
-    "xtick.color": INK,
-    "xtick.major.size": 0,
-    "ytick.color": INK,
-    "ytick.major.size": 0,
-}
-# Dates and versions would make equal pictures differ.
-NO_METADATA: dict[str, dict[str, str | None]] = {
-    ".png": {"Software": None},
-    ".svg": {"Creator": None, "Date": None, "Format": None, "Type": None},
-}
-
-CHART_WIDTH = 5.0  # inches; 360 units of the SVG, so that text stays readable on a phone
 HEADLINE_OTHERS = 3  # accuracies named after the first; more make a list, and the table is the better list
 THUMBNAIL = 192  # pixels; twice the width at which the gallery shows an image
 
@@ -231,16 +196,15 @@ def write_report(
     if examples:
         sections.append(_examples_section(examples))
     sections.append(_facts_section(facts))
-    sections.append(_section("Run it again", f"<pre><code>{_escape(command)}</code></pre>"))
+    sections.append(_section("Run it again", f"<pre><code>{escape(command)}</code></pre>"))
 
     *clauses, last = _headline_clauses(runs)
     template = (importlib.resources.files("spt_fast") / "assets" / "report.html").read_text(encoding="utf-8")
     page = Template(template).substitute(
-        title=_escape(title),
+        title=escape(title),
         headline=" ".join([*(_together(f"{clause},") for clause in clauses), _together(f"{last}.")]),
         lead=_lead(runs),
-        light_series=_css_colours(LIGHT_SERIES),
-        dark_series=_css_colours(DARK_SERIES),
+        style=page_style(),
         sections="\n".join(sections),
     )
     write_text(path, page)
@@ -297,7 +261,7 @@ def _results_section(runs: Sequence[Run]) -> str:
             f'<td role="cell" data-column="{column}"{_highest(column, value, highest, runs)}>{value}</td>'
             for column, value in zip(columns, values, strict=True)
         )
-        name = f'<th role="rowheader" scope="row">{_swatch(index)}{_escape(run.name)}</th>'
+        name = f'<th role="rowheader" scope="row">{swatch(index)}{escape(run.name)}</th>'
         rows.append(f'<tr role="row">{name}{cells}</tr>')
     head = "".join(f'<th role="columnheader" scope="col">{column}</th>' for column in ("Method", *columns))
     newline = "\n"
@@ -321,7 +285,7 @@ def _highest(column: str, value: str, highest: str, runs: Sequence[Run]) -> str:
 
 
 def _curves_section(runs: Sequence[Run]) -> str:
-    legend = "".join(f"<li>{_swatch(index)}{_escape(run.name)}</li>" for index, run in enumerate(runs))
+    legend = "".join(f"<li>{swatch(index)}{escape(run.name)}</li>" for index, run in enumerate(runs))
     accuracy_words = ["Accuracy on held-out images against the epoch."]
     loss_words = ["Training loss against the epoch."]
     for run in runs:
@@ -334,9 +298,9 @@ def _curves_section(runs: Sequence[Run]) -> str:
         f"""<ul role="list" class="legend" aria-label="Lines in the charts">{legend}</ul>
 <div class="charts">
 <figure><figcaption>Accuracy on held-out images</figcaption>
-{_chart("accuracy", accuracy_words, 3.1, lambda axes: _draw_accuracy(axes, runs))}</figure>
+{chart("accuracy", accuracy_words, 3.1, lambda axes: _draw_accuracy(axes, runs))}</figure>
 <figure><figcaption>Training loss</figcaption>
-{_chart("loss", loss_words, 3.1, lambda axes: _draw_loss(axes, runs))}</figure>
+{chart("loss", loss_words, 3.1, lambda axes: _draw_loss(axes, runs))}</figure>
 </div>""",
     )
 
@@ -371,7 +335,7 @@ def _prototypes_section(prototypes: Mapping[str, Sequence[Any]]) -> str:
         "Prototypes",
         f"""<div class="charts">
 <figure><figcaption>Cluster sizes, block by block</figcaption>
-{_chart("prototypes", words, height, lambda axes: _draw_shares(axes, shares, per_token))}</figure>
+{chart("prototypes", words, height, lambda axes: _draw_shares(axes, shares, per_token))}</figure>
 <div class="beside">
 <p>Each bar is one block's patch tokens, each piece one cluster, the largest first. The centre of a cluster \
 is where one prompt starts.</p>
@@ -388,11 +352,11 @@ def _examples_section(examples: Sequence[tuple[Image.Image, str, str, float]]) -
     for image, truth, predicted, probability in examples:
         _require_fraction(probability, f"the probability of an example of {truth!r}")
         right = truth == predicted
-        verdict = "correct" if right else f"in truth {_escape(truth)}"
+        verdict = "correct" if right else f"in truth {escape(truth)}"
         items.append(
-            f'<li><img src="{_data_uri(image)}" alt="An image of class {_escape(truth)}" loading="lazy">'
+            f'<li><img src="{_data_uri(image)}" alt="An image of class {escape(truth)}" loading="lazy">'
             f'<p class="guess{"" if right else " wrong"}">'
-            f'<span aria-hidden="true">{"✓" if right else "✗"}</span>&nbsp;{_escape(predicted)}</p>'
+            f'<span aria-hidden="true">{"✓" if right else "✗"}</span>&nbsp;{escape(predicted)}</p>'
             f"<p>{_percent(probability, digits=0)} sure, {verdict}</p></li>"
         )
     newline = "\n"
@@ -400,10 +364,7 @@ def _examples_section(examples: Sequence[tuple[Image.Image, str, str, float]]) -
 
 
 def _facts_section(facts: Mapping[str, str]) -> str:
-    pairs = "\n".join(
-        f"<div><dt>{_escape(name)}</dt><dd>{_escape(value)}</dd></div>" for name, value in facts.items()
-    )
-    return _section("How it was made", f'<dl class="facts">\n{pairs}\n</dl>')
+    return _section("How it was made", definitions(facts))
 
 
 def _section(heading: str, body: str) -> str:
@@ -448,9 +409,9 @@ def _draw_lines(axes: Axes, runs: Sequence[Run], key: str) -> None:
     """One line per run with a dot at its end, which also keeps a run of a single epoch visible."""
     for index, run in enumerate(runs):
         epochs, values = run.column("epoch"), run.column(key)
-        (line,) = axes.plot(epochs, values, color=_colour(index), dashes=_dashes(index), dash_capstyle="butt")
+        (line,) = axes.plot(epochs, values, color=colour(index), dashes=dashes(index), dash_capstyle="butt")
         axes.scatter(
-            epochs[-1:], values[-1:], s=22, color=_colour(index), zorder=line.get_zorder() + 1, clip_on=False
+            epochs[-1:], values[-1:], s=22, color=colour(index), zorder=line.get_zorder() + 1, clip_on=False
         )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
@@ -481,50 +442,6 @@ def _draw_shares(axes: Axes, shares: Sequence[Sequence[float]], per_token: Seque
     axes.grid(visible=False)
 
 
-def _chart(name: str, words: Sequence[str], height: float, draw: Callable[[Axes], None]) -> str:
-    """A chart as an SVG element for HTML, in the fonts and the colours of the page.
-
-    ``name`` keeps its ids apart from those of other charts, ``words`` say what is to be seen, ``height`` is
-    in inches.
-    """
-    with matplotlib.style.context({**STYLE, "svg.fonttype": "none"}, after_reset=True):
-        figure = Figure(figsize=(CHART_WIDTH, height), layout="constrained")
-        figure.patch.set_visible(False)
-        axes = figure.subplots()
-        axes.patch.set_visible(False)
-        draw(axes)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata=NO_METADATA[".svg"])
-    _, view_box, body = re.split(r'<svg[^>]*viewBox="([^"]*)"[^>]*>', buffer.getvalue(), maxsplit=1)
-    # A style inside an inline SVG would restyle the whole page.
-    body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>|<!--.*?-->", "", body, flags=re.DOTALL)
-    body = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", body)
-    body = re.sub(r"#[0-9a-f]{6}\b", lambda colour: THEMED.get(colour[0], colour[0]), body)
-    body = re.sub(r"\n\s*", "\n", body).strip()
-    label = _escape(" ".join(words))
-    return f'<svg class="chart" viewBox="{view_box}" role="img" aria-label="{label}">\n{body}'
-
-
-def _swatch(index: int) -> str:
-    dashes = " ".join(f"{2 * length:g}" for length in _dashes(index)) or "none"
-    style = f"stroke: var(--series-{index % len(LIGHT_SERIES)}); stroke-width: 3; stroke-dasharray: {dashes}"
-    return (
-        f'<svg class="swatch" viewBox="0 0 28 8" aria-hidden="true"><path d="M0 4H28" style="{style}"/></svg>'
-    )
-
-
-def _colour(index: int) -> str:
-    return LIGHT_SERIES[index % len(LIGHT_SERIES)]
-
-
-def _dashes(index: int) -> tuple[float, ...]:
-    return DASHES[index % len(DASHES)]
-
-
-def _css_colours(colours: Sequence[str]) -> str:
-    return " ".join(f"--series-{index}: {colour};" for index, colour in enumerate(colours))
-
-
 def _data_uri(image: Image.Image) -> str:
     image = image.convert("RGB")
     image.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -536,14 +453,9 @@ def _data_uri(image: Image.Image) -> str:
 # Words and numbers
 
 
-def _escape(text: object) -> str:
-    """Text for HTML; a path whose bytes are no UTF-8 gets question marks instead of stopping the report."""
-    return html.escape(str(text).encode("utf-8", "replace").decode("utf-8"))
-
-
 def _together(words: str) -> str:
     """Text as HTML that moves to the next line as a whole, rather than break at a hyphen or a number."""
-    return f'<span class="together">{_escape(words)}</span>'
+    return f'<span class="together">{escape(words)}</span>'
 
 
 def _percent(fraction: float, digits: int = 1) -> str:

@@ -169,11 +169,13 @@ def test_editable_installation_works_away_from_the_checkout(checkout: Path, tmp_
     assert_complete(report, checkout, checkout / "spt_fast", checkout / "kernels")
 
 
-# An interpreter that makes environments holding itself and, as pip, notes that it was called and may fail.
+# An interpreter that makes environments holding itself and notes, as pip or another module, that it was called and may
+# fail.
 INTERPRETER = """#!/bin/sh
 case "$2" in
     venv) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
     pip) shift 2; echo "$@" >> "$PIP_LOG"; exit "$PIP_EXIT" ;;
+    pytest | benchmarks.*) shift; echo "$@" >> "$RAN_LOG"; test "$1" != "$FAILING"; exit ;;
     *) case "$2" in *version_info*) exit "$OLD" ;; *ensurepip*) exit "$NO_VENV" ;; esac ;;
 esac
 """
@@ -194,8 +196,8 @@ def make(tmp_path: Path):
     def call(*words: str, **settings: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
         log = tmp_path / "pip.log"
         log.write_text("")
-        defaults = {"PIP_LOG": str(log), "PIP_EXIT": "0", "OLD": "0", "NO_VENV": "0"}
-        outer_make = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYTHON", "VENV", "RUNS"}
+        defaults = {"PIP_LOG": str(log), "PIP_EXIT": "0", "OLD": "0", "NO_VENV": "0", "FAILING": ""}
+        outer_make = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYTHON", "VENV", "RUNS", "RESULTS"}
         environment = {name: value for name, value in os.environ.items() if name not in outer_make}
         done = subprocess.run(
             ["make", f"PYTHON={interpreter}", *words],
@@ -213,7 +215,7 @@ def make(tmp_path: Path):
 def test_make_alone_lists_the_targets(make) -> None:
     done, _ = make()
     assert done.returncode == 0
-    for target in ("venv", "install", "demo", "test", "lint", "format", "clean"):
+    for target in ("venv", "install", "demo", "test", "bench", "bench-baseline", "lint", "format", "clean"):
         assert f"make {target} " in done.stdout
 
 
@@ -225,6 +227,44 @@ def test_make_installs_once_and_again_when_the_packaging_changes(make, tmp_path:
     later = (tmp_path / ".venv" / ".installed").stat().st_mtime + 10
     os.utime(tmp_path / "setup.py", (later, later))
     assert len(make("install")[1]) == 1
+
+
+def test_make_bench_measures_compares_runs_everything_and_draws(make, tmp_path: Path) -> None:
+    log = tmp_path / "ran.log"
+    done, pip_calls = make("bench", RAN_LOG=str(log))
+    assert done.returncode == 0, done.stderr
+    assert len(pip_calls) == 1 and pip_calls[0].endswith("--editable .[test,bench]")
+    suite, compared, benchmarks, report = log.read_text().splitlines()
+    assert suite.startswith("pytest benchmarks/test_") and suite.endswith(
+        "--benchmark-json=.benchmarks/current.json"
+    )
+    assert (
+        tmp_path / ".benchmarks"
+    ).is_dir() and compared == "benchmarks.regressions .benchmarks/current.json"
+    assert benchmarks == "benchmarks.suite --results benchmarks/results"
+    assert report == f"benchmarks.report --results {tmp_path}/benchmarks/results"
+    log.unlink()
+    done, _ = make("bench", RAN_LOG=str(log), FAILING="benchmarks.suite")
+    assert done.returncode != 0 and "benchmarks.report" in log.read_text()
+
+
+def test_make_bench_baseline_replaces_it(make, tmp_path: Path) -> None:
+    log = tmp_path / "ran.log"
+    assert make("bench-baseline", RAN_LOG=str(log))[0].returncode == 0
+    assert log.read_text().splitlines()[-1] == "benchmarks.regressions .benchmarks/current.json --replace"
+
+
+def test_make_bench_gpu_installs_nothing(make, tmp_path: Path) -> None:
+    log = tmp_path / "ran.log"
+    words = "benchmarks.suite --device cuda --resume --results out"
+    done, pip_calls = make("bench-gpu", "RESULTS=out", RAN_LOG=str(log))
+    assert done.returncode == 0 and not pip_calls and log.read_text() == f"{words}\n"
+    assert not (tmp_path / ".venv").exists()
+    # With an environment it is that one's Python that runs.
+    make("venv")
+    (tmp_path / "interpreter").write_text("#!/bin/sh\nexit 9\n")
+    done, pip_calls = make("bench-gpu", "RESULTS=out", RAN_LOG=str(log))
+    assert done.returncode == 0 and not pip_calls and log.read_text() == f"{words}\n{words}\n"
 
 
 def test_make_redoes_an_installation_that_did_not_finish(make) -> None:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
+from browser import measure, needs_chromium
 from matplotlib.figure import Figure
 from PIL import Image
 
+from spt_fast.drawing import DARK_SERIES, LIGHT_SERIES
 from spt_fast.errors import InputError
-from spt_fast.report import DARK_SERIES, LIGHT_SERIES, Run, headline, write_curves, write_report
+from spt_fast.report import Run, headline, write_curves, write_report
 
 NO_BREAK = "\N{NO-BREAK SPACE}"
 VOID_ELEMENTS = {"meta", "link", "img", "br", "hr"}
@@ -329,34 +329,15 @@ def test_colours_can_be_read_in_both_themes(full_report: str) -> None:
             assert contrast(colour, colours["paper"]) >= 3, colour
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium to lay the page out")
+@needs_chromium
 def test_a_phone_needs_no_sideways_scrolling(full_report: str, tmp_path: Path) -> None:
     """One browser lays the page out in frames of 390 and 320 pixels, and next to them a page that is too wide."""
     (tmp_path / "report.html").write_text(full_report, encoding="utf-8")
     (tmp_path / "wide.html").write_text("<!doctype html><div style='width: 600px'>wide</div>")
-    (tmp_path / "measure.html").write_text(
-        "<!doctype html><body>"
-        "<iframe src='report.html' style='width:390px;height:600px;border:0'></iframe>"
-        "<iframe src='report.html' style='width:320px;height:600px;border:0'></iframe>"
-        "<iframe src='wide.html' style='width:390px;height:600px;border:0'></iframe>"
-        "<script>onload = () => { document.title = [...document.querySelectorAll('iframe')].map("
-        "frame => frame.contentDocument.documentElement.scrollWidth).join(' ') }</script>"
+    (phone, small_phone, too_wide), _ = measure(
+        tmp_path,
+        "window => window.document.documentElement.scrollWidth",
+        [("report.html", 390), ("report.html", 320), ("wide.html", 390)],
     )
-    browser = [
-        "chromium",
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-background-networking",
-        "--allow-file-access-from-files",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--window-size=1280,800",
-        "--dump-dom",
-        (tmp_path / "measure.html").as_uri(),
-    ]
-    dom = subprocess.run(browser, capture_output=True, text=True, timeout=120, check=True).stdout
-    found = re.search(r"<title>(\d+) (\d+) (\d+)</title>", dom)
-    assert found, dom[-2000:]
-    phone, small_phone, too_wide = map(int, found.groups())
     assert too_wide > 390, "the measurement sees nothing"
     assert phone <= 390 and small_phone <= 320

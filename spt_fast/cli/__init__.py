@@ -1,4 +1,4 @@
-"""The command line: ``spt-fast prototypes | train | eval | predict | demo | info``. The only package that prints."""
+"""The command line: ``spt-fast prototypes | train | eval | predict | demo | info | bench``; nothing else prints."""
 
 from spt_fast.cli.commands import app, main
 

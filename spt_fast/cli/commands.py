@@ -14,6 +14,7 @@ from rich.text import Text
 
 import spt_fast
 from spt_fast.backbones import image_settings
+from spt_fast.cli.bench import BenchmarkGroup
 from spt_fast.cli.inputs import (
     build_from,
     check_folder,
@@ -96,6 +97,15 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         out.out(f"spt-fast {spt_fast.__version__}", highlight=False)
         raise typer.Exit
+
+
+app.add_typer(
+    typer.Typer(cls=BenchmarkGroup),
+    name="bench",
+    help="Measure: the benchmarks of a source checkout.",
+    epilog="Example: `spt-fast bench attention --device cpu`",
+    no_args_is_help=True,
+)
 
 
 @app.callback()
