@@ -13,6 +13,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import warnings
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,7 @@ import typer
 
 import spt_fast
 from benchmarks.command import DeviceOption, MinutesOption, ResultsOption, measuring, show
-from benchmarks.image_sets import image_sets
+from benchmarks.image_sets import image_sets, some_of_each_class
 from benchmarks.record import RESULTS, Record, Row
 from spt_fast.building import Method
 from spt_fast.data import ImageDataset, make_loader
@@ -55,7 +56,7 @@ def main(
         str | None, typer.Option(help="ImageFolder or zip to judge on; not for digits.")
     ] = None,
     images_per_class: Annotated[
-        int, typer.Option(min=1, help="Training images of a class; of the digits all are used.")
+        int, typer.Option(min=1, help="Training images of a class, and at most as many test images.")
     ] = 100,
     start: Annotated[
         list[str] | None, typer.Option(help=f"{', '.join(STARTS)}; may be repeated. All if not given.")
@@ -77,6 +78,7 @@ def main(
             raise InputError(f"--start must be one of {', '.join(STARTS)}, got {', '.join(sorted(unknown))}")
         backbone = spt_fast.load_backbone("vit_tiny_patch16_224", **BACKBONE).to(choose_device(device))
         training, _, test = image_sets(data, test_data, backbone, images_per_class, 0)
+        test = some_of_each_class(test, images_per_class)
         case = {
             "data": Path(data).parent.name or data if data.endswith(".zip") else Path(data).name,
             "images": len(training),
@@ -84,17 +86,17 @@ def main(
             "epochs": epochs,
         }
         curves: dict[Method, list[list[list[float]]]] = {name: [] for name in wanted}
-        for seed in range(seeds):
-            for name, found in curves.items():
-                found.append(curve(name, backbone, training, test, num_prompts, config, seed))
-            record.rows.clear()
-            for name, found in curves.items():
-                add(record, case, STARTS[name], found, len(training.classes))
-            record.save()
+        for seed, name in product(range(seeds), wanted):
             if record.out_of_time:
                 break
+            curves[name].append(curve(name, backbone, training, test, num_prompts, config, seed))
+            record.rows.clear()
+            for each, found in curves.items():
+                if found:
+                    add(record, case, STARTS[each], found, len(training.classes))
+            record.save()
         title = f"{case['data']}, {len(training)} images, {epochs} epochs, P={num_prompts}"
-        show(title, record.rows, against=record.rows[0]["peer"], extras=EXTRAS)
+        show(title, record.rows, against=STARTS[wanted[0]], extras=EXTRAS)
 
 
 def curve(

@@ -115,7 +115,8 @@ def show(
             name,
             duration(middle(row)),
             spread,
-            "" if reference is None else f"{ratio(row, reference):.2f}x",
+            # Who was quoted worked elsewhere, on something else.
+            "" if reference is None or row["kind"] == "quoted" else f"{ratio(row, reference):.2f}x",
             "" if share is None else f"{share:.0%}",
             *(_cell(extra, row) for extra in extras.values()),
         )

@@ -18,7 +18,7 @@ from benchmarks.record import machine
 from spt_fast.devices import choose_device
 
 # Seconds for the counted rounds of one test, and how many rounds these may be.
-SECONDS = 0.6
+SECONDS = 0.4
 FEWEST, MOST = 7, 200
 
 Measure = Callable[[Callable[[], Any]], None]

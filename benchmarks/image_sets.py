@@ -26,8 +26,8 @@ def image_sets(
             training and for validation.
         test_data: an ImageFolder or zip to test on; not for digits, which have a test split.
         backbone: a timm ViT for square images.
-        train_per_class: training images of a class; of the digits all are used.
-        val_per_class: validation images of a class.
+        train_per_class: training images of a class; of the digits at most so many.
+        val_per_class: validation images of a class; of the digits all are used.
 
     Raises:
         InputError: ``test_data`` is missing, or a class has too few images.
@@ -35,7 +35,7 @@ def image_sets(
     transform = make_transform("vtab", train=False, **image_settings(backbone))
     if data == "digits":
         splits = [load_dataset("digits", split, transform=transform) for split in ("train", "val", "test")]
-        return splits[0], splits[1], splits[2]
+        return some_of_each_class(splits[0], train_per_class), splits[1], splits[2]
     if test_data is None:
         raise InputError("--test-data is needed beside --data, unless the data is digits")
     size = image_settings(backbone)["image_size"][0]
@@ -53,6 +53,12 @@ def image_sets(
     training = [index for indices in picked for index in indices[:train_per_class]]
     validation = [index for indices in picked for index in indices[train_per_class:]]
     return pool.subset(training), pool.subset(validation), test
+
+
+def some_of_each_class(images: ImageDataset, most: int) -> ImageDataset:
+    """At most so many images of each class."""
+    picked = [itertools.islice(_of_class(images, label), most) for label in range(len(images.classes))]
+    return images.subset([index for indices in picked for index in indices])
 
 
 def in_memory(path: str, size: int, transform: Any) -> ImageDataset:

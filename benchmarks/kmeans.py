@@ -28,9 +28,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 WIDTHS, NUMBERS, LAYERS = (192, 384, 768, 1024, 1280), (5, 20, 50, 100, 256), (1, 12, 24, 32)
 SIZES = {
     "cpu": [
-        *((1, 20_000, features, 20) for features in WIDTHS),
-        *((1, 20_000, 768, clusters) for clusters in NUMBERS if clusters != 20),
-        *((1, tokens, 192, 20) for tokens in (10_000, 100_000, 1_000_000)),
+        *((1, 10_000, features, 20) for features in WIDTHS),
+        *((1, 10_000, 768, clusters) for clusters in NUMBERS if clusters != 20),
+        *((1, tokens, 192, 20) for tokens in (100_000, 1_000_000)),
         *((layers, 4_000, 384, 20) for layers in LAYERS),
     ],
     "cuda": [
@@ -59,7 +59,7 @@ def main(
     clusters: Annotated[list[int] | None, typer.Option(help="Clusters, K; may be repeated.")] = None,
     converge: Annotated[bool, typer.Option(help="Also time whole runs.")] = True,
     device: DeviceOption = "auto",
-    rounds: RoundsOption = 5,
+    rounds: RoundsOption = 4,
     minutes: MinutesOption = None,
     results: ResultsOption = RESULTS,
 ) -> None:

@@ -61,8 +61,7 @@ def first_centers(x: Tensor, clusters: int) -> Tensor:
 def peers_on(copies: Sequence[Tensor]) -> Iterator[Peer]:
     """Ours first, then the others that work where the tokens ``[L, T, D]`` are."""
     device = copies[0].device
-    fitting = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}[device.type]
-    here = [name for name in fitting if name in available_backends()["kmeans_step"]]
+    here = our_backends(device)
     # The definition is measured where nothing else runs; elsewhere the plain loop stands for it.
     ours = [name for name in here if name != "torch"] or here
     halved = copies if device.type == "cuda" else [copy.bfloat16() for copy in copies]
@@ -77,6 +76,16 @@ def peers_on(copies: Sequence[Tensor]) -> Iterator[Peer]:
         yield optional("scikit-learn KMeans", "sklearn", copies, sklearn)
         yield optional("FAISS", "faiss", copies, faiss)
         yield optional("fastkmeans", "fastkmeans", copies, fastkmeans)
+
+
+def our_backends(device: torch.device) -> list[str]:
+    """Those that run on the device, the fastest first."""
+    fitting = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}[device.type]
+    return [name for name in fitting if name in available_backends()["kmeans_step"]]
+
+
+def best_backend(x: Tensor) -> str:
+    return our_backends(x.device)[0]
 
 
 def _on_gpu(copies: Sequence[Tensor]) -> Iterator[Peer]:

@@ -1,6 +1,7 @@
 """What a benchmark writes: where it ran, with what, and every sample it took.
 
-A record is one json file, ``<date>-<device>-<benchmark>.json``::
+A record is one json file, ``<date>-<device>-<benchmark>.json``, or ``...-partial.json`` as long as it is not complete,
+so that half a measurement never takes the place of a whole one::
 
     {"benchmark": "attention", "command": "python -m benchmarks.attention --device cpu", "machine": {...},
      "settings": {...}, "ceilings": {...}, "complete": true, "rows": [...]}
@@ -99,7 +100,7 @@ class Record:
         minutes: float | None = None,
     ) -> None:
         facts = machine(device)
-        self.path = folder / f"{facts['date']}-{slug(facts['device'])}-{benchmark}.json"
+        self._stem = folder / f"{facts['date']}-{slug(facts['device'])}-{benchmark}"
         self.content: dict[str, Any] = {
             "benchmark": benchmark,
             "command": command,
@@ -115,6 +116,12 @@ class Record:
     def rows(self) -> list[Row]:
         rows: list[Row] = self.content["rows"]
         return rows
+
+    @property
+    def path(self) -> Path:
+        """Where it is, or will be when it is saved."""
+        part = "" if self.content["complete"] else "-partial"
+        return self._stem.with_name(f"{self._stem.name}{part}.json")
 
     @property
     def out_of_time(self) -> bool:
@@ -166,8 +173,11 @@ class Record:
         """Write everything. It counts as complete unless the time ran out."""
         if not self.rows:
             raise InputError(f"{self.content['benchmark']} measured nothing, so there is nothing to write")
+        partial = self.path
         self.content["complete"] = not self.out_of_time
         self.save()
+        if self.content["complete"]:
+            partial.unlink(missing_ok=True)
 
     @staticmethod
     def load(path: Path) -> dict[str, Any]:
@@ -186,11 +196,16 @@ class Record:
 
 
 def newest(folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """Of every benchmark on every device the newest record in ``folder``, GPUs first; other files are passed over."""
+    """Of every benchmark on every device the newest record in ``folder``, GPUs first; other files are passed over.
+
+    A partial record counts only where there is no complete one.
+    """
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for path in sorted(folder.glob("????-??-??-*.json")):
         record = Record.load(path)
-        found[record["machine"]["device"], record["benchmark"]] = record
+        key = record["machine"]["device"], record["benchmark"]
+        if record["complete"] or not found.get(key, {}).get("complete"):
+            found[key] = record
     return sorted(found.values(), key=lambda record: record["machine"]["device_type"] != "cuda")
 
 

@@ -248,10 +248,10 @@ def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_stream_that_fails_or_is_wrong_has_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_once(case: Row, library: str, device: torch.device) -> Row:
+    def run_once(case: Row, library: str, device: torch.device, rounds: int) -> Row:
         if library == "scikit-learn":
             raise RuntimeError("failed: no memory")
-        return {"seconds": 1.0, "peak_bytes": 1, "inertia_per_token": 1e9}
+        return {"seconds": [1.0], "peak_bytes": 1, "inertia_per_token": 1e9}
 
     monkeypatch.setattr(scaling, "run_once", run_once)
     size = ("--features", "8", "--clusters", "3", "--tokens", "2000", "--processes", "1")
