@@ -31,7 +31,7 @@ SIZES = {
         *((1, 10_000, features, 20) for features in WIDTHS),
         *((1, 10_000, 768, clusters) for clusters in NUMBERS if clusters != 20),
         *((1, tokens, 192, 20) for tokens in (100_000, 1_000_000)),
-        *((layers, 4_000, 384, 20) for layers in LAYERS),
+        *((layers, 2_000, 384, 20) for layers in LAYERS),
     ],
     "cuda": [
         (12, 1_060_000, 768, 20),
@@ -43,7 +43,7 @@ SIZES = {
 }
 # Until convergence; the same form.
 WHOLE_RUNS = {
-    "cpu": [(1, 50_000, 384, 20), (1, 20_000, 768, 100)],
+    "cpu": [(1, 50_000, 384, 20), (1, 10_000, 768, 100)],
     "cuda": [(1, 1_000_000, 768, 20), (12, 1_060_000, 768, 20)],
 }
 

@@ -147,7 +147,9 @@ def _cell(comparison: Comparison, peer: str) -> str:
     if row["kind"] == "missing":
         return "–"
     if row["kind"] != "measured":
-        multiple = "" if reference is None else f", {times(ratio(row, reference))}"
+        # Who was quoted worked elsewhere, on something else: no multiple of ours.
+        compared = reference is not None and row["kind"] == "extrapolated"
+        multiple = f", {times(ratio(row, reference))}" if compared and reference else ""
         return f"{duration(middle(row))}{multiple} ({row['kind']})"
     if row is reference or reference is None:
         share = share_of_limit(row)

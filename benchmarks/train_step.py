@@ -91,9 +91,10 @@ def main(
     ] = None,
     batch_size: Annotated[list[int] | None, typer.Option(min=1, help="Images; may be repeated.")] = None,
     peers: Annotated[str, typer.Option(help=f"Who takes part: {', '.join(PEERS)}.")] = "eager",
-    compiled: Annotated[
-        bool, typer.Option(help="Whether the default sizes include models through torch.compile.")
-    ] = True,
+    brief: Annotated[
+        bool,
+        typer.Option("--brief", help="Of the default sizes only those of one model, without torch.compile."),
+    ] = False,
     compile_mode: Annotated[str, typer.Option(help="Mode of torch.compile, where it is used.")] = "default",
     device: DeviceOption = "auto",
     rounds: Annotated[int | None, typer.Option(min=1, help="Times that every peer has its turn.")] = None,
@@ -106,7 +107,9 @@ def main(
         if peers not in PEERS:
             raise InputError(f"--peers must be one of {', '.join(PEERS)}, got {peers}")
         chosen = choose_device(device)
-        plan = [each for each in PLANS[chosen.type] if compiled or each[3] not in ("all", "compiled")]
+        plan = PLANS[chosen.type]
+        if brief:
+            plan = [each for each in plan if each[0] == plan[0][0] and each[3] not in ("all", "compiled")]
         if model or num_prompts or batch_size or peers != "eager":
             plan = [
                 (name, images, prompts, peers if prompts else "")
