@@ -87,7 +87,7 @@ def main(
         }
         curves: dict[Method, list[list[list[float]]]] = {name: [] for name in wanted}
         for seed, name in product(range(seeds), wanted):
-            if record.out_of_time:
+            if not record.may_begin():
                 break
             curves[name].append(curve(name, backbone, training, test, num_prompts, config, seed))
             record.rows.clear()

@@ -86,7 +86,7 @@ def main(
         for name in model or (list(SHAPES)[1:] if gpu else ["vit_base_patch16_224"]):
             for batch in batch_size or ([64, 256] if gpu else [8]):
                 for prompts in num_prompts or [20, 100, 200]:
-                    if record.out_of_time:
+                    if not record.may_begin():
                         return
                     case = {"model": name, "batch_size": batch, "num_prompts": prompts, "dtype": dtype}
                     compare(record, ceilings, case, chosen, rounds)

@@ -73,7 +73,7 @@ def main(
         # Whole runs first: the sweeps are what may be left out when the time is up.
         wanted = [(compare_runs, size) for size in whole if converge]
         for compare, size in [*wanted, *((compare_iterations, size) for size in sizes)]:
-            if record.out_of_time:
+            if not record.may_begin():
                 return
             case = dict(zip(("layers", "tokens", "features", "clusters"), size, strict=True))
             needed = math.prod(size[:3]) * (2 if chosen.type == "cuda" else 4)

@@ -52,7 +52,7 @@ def main(
         case = {"data": "digits", "epochs": epochs, "num_prompts": num_prompts}
         choices: tuple[WeightDtype | None, ...] = (None, *get_args(WeightDtype))
         for weight_dtype in choices:
-            if record.out_of_time:
+            if not record.may_begin():
                 return
             name = weight_dtype or "float32"
             try:

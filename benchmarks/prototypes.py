@@ -103,7 +103,7 @@ def main(
         build(backbone, batches[:1], "kmeans", num_prompts, 1.0)  # warm-up
         judge = Judge(backbone, batches, num_prompts)
         for share in fraction or FRACTIONS:
-            if record.out_of_time:
+            if not record.may_begin():
                 return
             compare(record, ceilings, {**common, "fraction": share}, backbone, batches, judge)
             record.save()

@@ -76,7 +76,7 @@ class Record:
         device: what is measured.
         folder: where the file goes.
         settings: what was asked for and is the same in all rows, rounds for example.
-        minutes: after which :attr:`out_of_time` is true, so that no further case is begun; ``None`` is never.
+        minutes: after which no further case may begin; ``None`` is never.
 
     Example:
         >>> import tempfile
@@ -111,6 +111,7 @@ class Record:
             "rows": [],
         }
         self._deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+        self._cut_short = False
 
     @property
     def rows(self) -> list[Row]:
@@ -123,9 +124,10 @@ class Record:
         part = "" if self.content["complete"] else "-partial"
         return self._stem.with_name(f"{self._stem.name}{part}.json")
 
-    @property
-    def out_of_time(self) -> bool:
-        return time.monotonic() > self._deadline
+    def may_begin(self) -> bool:
+        """Whether there is time for another case; if not, the record stays a partial one."""
+        self._cut_short = self._cut_short or time.monotonic() > self._deadline
+        return not self._cut_short
 
     def measured(
         self,
@@ -170,11 +172,11 @@ class Record:
         write_text(self.path, json.dumps(self.content, indent=1) + "\n")
 
     def finish(self) -> None:
-        """Write everything. It counts as complete unless the time ran out."""
+        """Write everything. It counts as complete unless a case could not begin."""
         if not self.rows:
             raise InputError(f"{self.content['benchmark']} measured nothing, so there is nothing to write")
         partial = self.path
-        self.content["complete"] = not self.out_of_time
+        self.content["complete"] = not self._cut_short
         self.save()
         if self.content["complete"]:
             partial.unlink(missing_ok=True)

@@ -71,12 +71,12 @@ def main(
         sizes = SIZES[kind] if tokens is None else dict.fromkeys(SIZES[kind], tokens)
         for library, amounts in sizes.items():
             for amount in amounts:
-                if record.out_of_time:
+                if not record.may_begin():
                     return
                 case = {**common, "processes": 1, "tokens": amount}
                 add(record, ceilings, case, library, exact, chosen, rounds)
         for count in processes or sensible_processes(kind):
-            if record.out_of_time:
+            if not record.may_begin():
                 return
             # On a CPU a process is a core; all cores in one process are what is measured above.
             case = {**common, "processes": count, "threads": 1, "tokens": SHARED[kind]}

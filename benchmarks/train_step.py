@@ -118,7 +118,7 @@ def main(
                 for prompts in num_prompts or [20, 100, 200]
             ]
         for name, images, prompts, who in plan:
-            if record.out_of_time:
+            if not record.may_begin():
                 return
             case = {"model": name, "batch_size": images, "num_prompts": prompts}
             ways = PEERS[who] if prompts else WITHOUT_PROMPTS

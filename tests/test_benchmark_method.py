@@ -109,10 +109,19 @@ def test_a_figure_that_was_not_measured_is_refused(tmp_path: Path, seconds: list
 
 def test_a_record_whose_time_was_up_says_so(tmp_path: Path) -> None:
     record = make(tmp_path, minutes=0.0)
-    assert record.out_of_time
     record.measured(CASE, "ours", [1.0])
+    assert not record.may_begin()
     record.finish()
-    assert not Record.load(record.path)["complete"]
+    assert not Record.load(record.path)["complete"] and record.path.name.endswith("-sleep-partial.json")
+    # All that was to be measured is complete, however late.
+    whole = make(tmp_path, minutes=0.0)
+    whole.measured(CASE, "ours", [2.0])
+    whole.finish()
+    assert Record.load(whole.path)["complete"] and list(tmp_path.iterdir()) == [whole.path]
+    # Half a measurement never takes the place of a whole one.
+    record.save()
+    (found,) = newest(tmp_path)
+    assert found["rows"][0]["seconds"] == [2.0]
 
 
 def test_the_newest_record_of_a_device_counts_and_gpus_lead(tmp_path: Path) -> None:

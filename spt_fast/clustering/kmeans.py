@@ -171,7 +171,9 @@ class KMeans(CentroidEstimator):
 
     def _begin(self, source: Source) -> Lloyd:
         seed = from_rank_0(lambda: drawn_seed(self.random_state))
-        survey = take_survey(source, sample_size(self.n_clusters), seed)
+        # Centres that are given need no sample to be drawn from.
+        drawn_from = sample_size(self.n_clusters) if isinstance(self.init, str) else 1
+        survey = take_survey(source, drawn_from, seed)
         if survey.length < self.n_clusters:
             raise InputError(f"X holds {survey.length} tokens, fewer than n_clusters={self.n_clusters}")
         begun = starts(
