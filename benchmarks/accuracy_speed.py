@@ -1,6 +1,7 @@
 """Accuracy against seconds: what each start of deep prompts has reached by when, prototypes included.
 
     python -m benchmarks.accuracy_speed                        # scikit-learn's digits
+    python -m benchmarks.accuracy_speed --data photos          # photos/train/<class>/*.jpg, photos/val/<class>/*.jpg
     python -m benchmarks.accuracy_speed --data cifar10/train.zip --test-data cifar10/val.zip --epochs 10
 
 Runs differ in the start and the seed alone: same model, images and base learning rate. After every epoch the model is
@@ -22,7 +23,7 @@ import typer
 
 import spt_fast
 from benchmarks.command import DeviceOption, MinutesOption, ResultsOption, measuring, show
-from benchmarks.image_sets import image_sets, some_of_each_class
+from benchmarks.image_sets import training_and_test
 from benchmarks.record import RESULTS, Record, Row
 from spt_fast.building import Method
 from spt_fast.data import ImageDataset, make_loader
@@ -50,10 +51,11 @@ EXTRAS = {
 def main(
     context: typer.Context,
     data: Annotated[
-        str, typer.Option(help="digits, or an ImageFolder (or a zip of one) to draw training images from.")
+        str,
+        typer.Option(help="digits, a folder of splits, or with --test-data an ImageFolder or a zip of one."),
     ] = "digits",
     test_data: Annotated[
-        str | None, typer.Option(help="ImageFolder or zip to judge on; not for digits.")
+        str | None, typer.Option(help="ImageFolder or zip to judge on, if --data has no splits.")
     ] = None,
     images_per_class: Annotated[
         int, typer.Option(min=1, help="Training images of a class, and at most as many test images.")
@@ -77,8 +79,7 @@ def main(
         if unknown:
             raise InputError(f"--start must be one of {', '.join(STARTS)}, got {', '.join(sorted(unknown))}")
         backbone = spt_fast.load_backbone("vit_tiny_patch16_224", **BACKBONE).to(choose_device(device))
-        training, _, test = image_sets(data, test_data, backbone, images_per_class, 0)
-        test = some_of_each_class(test, images_per_class)
+        training, test = training_and_test(data, test_data, backbone, images_per_class)
         case = {
             "data": Path(data).parent.name or data if data.endswith(".zip") else Path(data).name,
             "images": len(training),

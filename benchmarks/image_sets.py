@@ -55,6 +55,27 @@ def image_sets(
     return pool.subset(training), pool.subset(validation), test
 
 
+def training_and_test(
+    data: str, test_data: str | None, backbone: Any, per_class: int
+) -> tuple[ImageDataset, ImageDataset]:
+    """At most so many images of each class to train on, and as many to judge on, none augmented.
+
+    Args:
+        data: ``"digits"``, or a folder with splits as ``spt-fast train`` takes it, which is judged on its validation
+            images; with ``test_data`` an ImageFolder or a zip of one.
+        test_data: an ImageFolder or zip to judge on.
+        backbone: a timm ViT; images are sized for it.
+        per_class: images of a class.
+    """
+    if test_data is not None:
+        training, _, test = image_sets(data, test_data, backbone, per_class, 0)
+    else:
+        transform = make_transform("vtab", train=False, **image_settings(backbone))
+        judged = "test" if data == "digits" else "val"
+        training, test = (load_dataset(data, split, transform=transform) for split in ("train", judged))
+    return some_of_each_class(training, per_class), some_of_each_class(test, per_class)
+
+
 def some_of_each_class(images: ImageDataset, most: int) -> ImageDataset:
     """At most so many images of each class."""
     picked = [itertools.islice(_of_class(images, label), most) for label in range(len(images.classes))]

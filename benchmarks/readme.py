@@ -184,7 +184,7 @@ def _growth_cells(line: Growth) -> list[str]:
     return [
         f"{tokens:,.0f}",
         rate(per_second, ""),
-        *("" if each is None else f"{each:.2f}" for each in slopes),
+        *("" if each is None else f"{round(each, 2) + 0.0:.2f}" for each in slopes),  # no minus before a zero
     ]
 
 
@@ -210,7 +210,11 @@ def _before_training(row: Row, at: int, words: Callable[[Any], str]) -> str:
 
 
 def _remarks(found: Sequence[Comparison]) -> list[str]:
-    lines = [f"{peer} {words}." for peer, words in notes(list({id(each): each for each in found}.values()))]
+    peers: dict[str, list[str]] = {}
+    for peer, words in notes(list({id(each): each for each in found}.values())):
+        # Who and what are told apart by a colon here, not by a verb that would have to fit one or many.
+        peers.setdefault(words.removeprefix("is ").removeprefix("was "), []).append(peer)
+    lines = [f"{', '.join(names)}: {words}." for words, names in peers.items()]
     return [wrapped(" ".join(lines))] if lines else []
 
 

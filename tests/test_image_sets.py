@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks.image_sets import image_sets
+from benchmarks.image_sets import image_sets, training_and_test
 from spt_fast import load_backbone
 from spt_fast.backbones import image_settings
 from spt_fast.data import make_transform
@@ -29,6 +29,12 @@ def test_image_sets_are_disjoint_and_balanced(tmp_path: Path) -> None:
     assert len(set.union(*pixels)) == sum(len(part) for part in sets)
     plain = make_transform("vtab", train=False, **image_settings(backbone))
     assert (training[0][0] == plain(training.samples[0][0])).all()
+    training, test = training_and_test(str(tmp_path / "pool"), str(tmp_path / "test"), backbone, 3)
+    assert sorted(training.targets) == [0] * 3 + [1] * 3 and sorted(test.targets) == [0, 0, 1, 1]
+    (tmp_path / "pool").rename(tmp_path / "train")
+    training, test = training_and_test(str(tmp_path), None, backbone, 2)  # a tenth of train is kept aside
+    assert sorted(training.targets) == [0, 0, 1, 1] and set(test.targets) == {0, 1}
+    (tmp_path / "train").rename(tmp_path / "pool")
     with pytest.raises(InputError, match="has 10 images of cat, expected at least 12"):
         image_sets(str(tmp_path / "pool"), str(tmp_path / "test"), backbone, 8, 4)
     with pytest.raises(InputError, match="--test-data is needed"):
