@@ -76,9 +76,13 @@ chart = partial(themed_chart, width=plots.WIDTH)
 
 
 def _strips_figures(found: Sequence[Comparison]) -> list[Figure]:
-    """Multiples of our time; seconds where something has nothing of ours beside it."""
+    """Multiples of our time; seconds where something has nothing of ours beside it, or was quoted from elsewhere."""
     shown = panels(found)
-    absolute = any(each.reference is None for panel in shown for each in panel.comparisons)
+    absolute = any(
+        each.reference is None or any(row["kind"] == "quoted" for row in each.rows)
+        for panel in shown
+        for each in panel.comparisons
+    )
     strips = [[_strip(peer, panel, absolute) for peer in panel.peers] for panel in shown]
     # The charts that compare with the same peer have the same axis.
     against = ["" if absolute else _against(panel) for panel in shown]

@@ -67,10 +67,11 @@ def training_and_test(
         backbone: a timm ViT; images are sized for it.
         per_class: images of a class.
     """
+    settings = image_settings(backbone)
+    transform = make_transform("vtab", train=False, **settings)
     if test_data is not None:
-        training, _, test = image_sets(data, test_data, backbone, per_class, 0)
+        training, test = (in_memory(path, settings["image_size"][0], transform) for path in (data, test_data))
     else:
-        transform = make_transform("vtab", train=False, **image_settings(backbone))
         judged = "test" if data == "digits" else "val"
         training, test = (load_dataset(data, split, transform=transform) for split in ("train", judged))
     return some_of_each_class(training, per_class), some_of_each_class(test, per_class)

@@ -99,12 +99,11 @@ class Record:
         settings: Mapping[str, Any] | None = None,
         minutes: float | None = None,
     ) -> None:
-        facts = machine(device)
-        self._stem = folder / f"{facts['date']}-{slug(facts['device'])}-{benchmark}"
+        self._folder = folder
         self.content: dict[str, Any] = {
             "benchmark": benchmark,
             "command": command,
-            "machine": facts,
+            "machine": machine(device),
             "settings": dict(settings or {}),
             "ceilings": {},
             "complete": False,
@@ -121,8 +120,9 @@ class Record:
     @property
     def path(self) -> Path:
         """Where it is, or will be when it is saved."""
+        where, benchmark = self.content["machine"], self.content["benchmark"]
         part = "" if self.content["complete"] else "-partial"
-        return self._stem.with_name(f"{self._stem.name}{part}.json")
+        return self._folder / f"{where['date']}-{slug(where['device'])}-{benchmark}{part}.json"
 
     def may_begin(self) -> bool:
         """Whether there is time for another case; if not, the record stays a partial one."""

@@ -123,7 +123,9 @@ def _quartiles(row: Row, _: Comparison) -> str:
 
 
 def _multiple(row: Row, comparison: Comparison) -> str:
-    return "" if comparison.reference is None else times(ratio(row, comparison.reference))
+    # Who was quoted worked elsewhere, on something else: no multiple of ours.
+    compared = comparison.reference is not None and row["kind"] != "quoted"
+    return times(ratio(row, comparison.reference)) if compared and comparison.reference else ""
 
 
 def _share(row: Row, _: Comparison) -> str:

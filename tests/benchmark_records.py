@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.ceilings import Ceilings
-from benchmarks.record import Record, slug
+from benchmarks.record import Record
 
 CPU = {
     "device": "Some CPU",
@@ -44,7 +44,6 @@ def begin(folder: Path, benchmark: str, machine: dict[str, Any] = CPU) -> Record
     """A record of a made-up machine."""
     command = f"python -m benchmarks.{benchmark} --device {machine['device_type']} --rounds 5"
     record = Record(benchmark, command, torch.device("cpu"), folder, {"rounds": 5})
-    record.path = folder / f"{machine['date']}-{slug(machine['device'])}-{benchmark}.json"
     ceilings = GPU_CEILINGS if machine["device_type"] == "cuda" else CPU_CEILINGS
     record.content |= {"machine": machine, "ceilings": ceilings.as_dict()}
     return record

@@ -109,7 +109,7 @@ def test_what_was_not_measured_is_marked(full_page: str) -> None:
     assert "paper: K-means 27.3 d quoted" in section
     assert "paper: K-means is quoted from Table 7 of the paper (1 of 3 cases)" in section
     assert "scikit-learn, one block after the other is extrapolated: in proportion to the tokens" in section
-    assert re.search(r"quoted [\d,]+x", section) and re.search(r"extrapolated [\d.]+x to [\d.]+x", section)
+    assert re.search(r"quoted [\d.]+ d", section) and re.search(r"extrapolated [\d.]+ \w+ to [\d.]+", section)
     section = Page(full_page).sections["some-cpu-attention"]
     assert "concatenate + FlexAttention not measured" in section
     assert "was not measured: FlexAttention has no backward pass on CPUs (3 of 6 cases)" in section
@@ -134,13 +134,13 @@ def test_the_figures_of_a_comparison_are_those_of_the_samples(tmp_path: Path) ->
     record.finish()
     section = Page(page(newest(tmp_path))).sections["some-cpu-multi-task"]
     assert "task by task 3.00 s 3.00 to 4.50 s 1.50x" in section
-    assert "somebody 5.00 s quoted 2.50x" in section
+    assert (
+        "somebody 5.00 s quoted" in section and "2.50x" not in section
+    )  # measured elsewhere, on something else
     markdown = measured_section(newest(tmp_path), {})
     assert "| mixed tasks, one batch | 2.00 s |" in markdown
     assert "| task by task | 1.50x |" in markdown
-    assert (
-        "| somebody | 5.00 s, 2.50x (quoted) |" in markdown and "somebody is quoted from a talk" in markdown
-    )
+    assert "| somebody | 5.00 s (quoted) |" in markdown and "somebody: quoted from a talk" in markdown
 
 
 def test_nothing_appears_of_what_was_not_measured(tmp_path: Path) -> None:
