@@ -70,7 +70,7 @@ RELEASED = "scikit-learn KMeans, block after block"
 # By how much the inertia of clusters may exceed that of scikit-learn's: other seeds find other optima.
 TOLERANCE = {"kmeans": 0.05, "minibatch_kmeans": 0.1}
 # Work that is done sooner is done three times.
-SHORT_SECONDS = 5
+SHORT_SECONDS = 1.5
 EXTRAS = {"inertia per token": lambda row: f"{row['inertia_per_token']:.4g}"}
 
 

@@ -76,7 +76,7 @@ SECTIONS = {
     "kmeans": benchmark("kmeans", cuda=1.2, cpu=2.15, on_cpu=("--rounds", "3")),
     "attention": benchmark("attention", cuda=1.2, cpu=0.65, on_cpu=("--rounds", "10")),
     "train_step": benchmark("train_step", cuda=1.2, cpu=2.1, on_cpu=("--rounds", "3", "--brief")),
-    "prototypes": benchmark("prototypes", cuda=1.0, cpu=1.2, on_cpu=("--images", "600")),
+    "prototypes": benchmark("prototypes", cuda=1.0, cpu=1.2, on_cpu=("--images", "400")),
     "scaling": benchmark("scaling", cuda=0.8, cpu=1.4, on_cpu=("--rounds", "2", *SHORT_STREAMS)),
     "accuracy_speed": benchmark("accuracy_speed", cuda=1.1, cpu=1.4, on_cpu=("--epochs", "2", *FEW_IMAGES)),
 }
