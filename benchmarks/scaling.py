@@ -22,6 +22,7 @@ import typer
 from benchmarks.ceilings import Ceilings
 from benchmarks.command import DeviceOption, MinutesOption, ResultsOption, console, measuring, show
 from benchmarks.growth import slope
+from benchmarks.kmeans_cases import pass_limit
 from benchmarks.record import RESULTS, ROOT, Record, Row
 from benchmarks.streaming import made_up_chunks
 from benchmarks.summary import middle
@@ -118,16 +119,11 @@ def add(
         record.missing(case, peer, str(error))
     else:
         dtype = "float32" if device.type == "cpu" else "bfloat16"
-        numbers = case["tokens"] * case["features"]
         record.measured(
             case,
             peer,
             outcome["seconds"],
-            limit=ceilings.limit(
-                moved_bytes=numbers * getattr(torch, dtype).itemsize,
-                operations=numbers * (2 * case["clusters"] + 1),
-                dtype=dtype,
-            ),
+            limit=pass_limit(ceilings, {"layers": 1, **case}, dtype),
             peak_bytes=outcome["peak_bytes"],
             inertia_per_token=found,
         )

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.naming import three_digits
+
 Row = dict[str, Any]
 
 
@@ -50,9 +52,5 @@ def duration(seconds: float) -> str:
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1), ("ms", 1e-3)):
         # Minutes begin at two, hours and days at one: 90 s reads better than 1.5 min.
         if seconds >= size * (2 if unit == "min" else 1):
-            return f"{_three_digits(seconds / size)} {unit}"
-    return f"{_three_digits(seconds * 1e6)} us"
-
-
-def _three_digits(number: float) -> str:
-    return f"{number:.{2 if number < 10 else 1 if number < 100 else 0}f}"
+            return f"{three_digits(seconds / size)} {unit}"
+    return f"{three_digits(seconds * 1e6)} us"
