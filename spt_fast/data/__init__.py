@@ -12,7 +12,7 @@ from .dataset import ImageDataset
 from .images import read_image
 from .layouts import LAYOUTS, SPLITS, load_dataset
 from .loader import ImageLoader, make_loader
-from .transforms import RECIPES, make_transform
+from .transforms import RECIPES, ImageTransform, make_transform
 
 __all__ = [
     "LAYOUTS",
@@ -20,6 +20,7 @@ __all__ = [
     "SPLITS",
     "ImageDataset",
     "ImageLoader",
+    "ImageTransform",
     "load_dataset",
     "make_loader",
     "make_transform",

@@ -102,14 +102,23 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int] | None:
         """The image ``[3, H, W]`` float32 and its label; None for an unreadable file unless ``strict``."""
-        source, label = self.samples[index]
         try:
-            image = to_rgb(source) if isinstance(source, Image.Image) else read_image(source)
+            image = self.picture(index)
         except (InputError, MissingFileError):
             if self.strict:
                 raise
             return None
-        return self._transformed(image, int(index) % len(self)), label
+        return self._transformed(image, int(index) % len(self)), self.samples[index][1]
+
+    def picture(self, index: int) -> Image.Image:
+        """Image ``index``, decoded to RGB at its own size and not transformed.
+
+        Raises:
+            MissingFileError: its file is not there.
+            InputError: its file cannot be read.
+        """
+        source = self.samples[index][0]
+        return to_rgb(source) if isinstance(source, Image.Image) else read_image(source)
 
     def blank(self) -> torch.Tensor:
         """What the transform makes of a black image, float32 [3, H, W]: the shape all images share."""

@@ -13,11 +13,56 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from PIL import Image
 from torchvision.transforms import v2
 
 from spt_fast.errors import InputError
 
 RECIPES = ("fgvc", "vtab")
+
+
+class ImageTransform(v2.Compose):
+    """From a PIL RGB image to a normalised float32 tensor ``[3, height, width]``, in parts that can be had apart.
+
+    Args:
+        preparation: what is the same for an image in every epoch, from PIL to PIL; it comes first.
+        augmentation: what is random, from PIL to PIL; drawn from torch's CPU generator alone.
+        size: (height, width) of the result in pixels.
+        mean: three channel means in units of [0, 1].
+        std: three channel standard deviations in units of [0, 1].
+
+    Attributes:
+        preparation, augmentation (list[nn.Module]), size (tuple[int, int]), mean, std (list[float]): the arguments.
+    """
+
+    def __init__(
+        self,
+        preparation: Sequence[torch.nn.Module],
+        augmentation: Sequence[torch.nn.Module],
+        *,
+        size: tuple[int, int],
+        mean: list[float],
+        std: list[float],
+    ) -> None:
+        to_tensor = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+        super().__init__([*preparation, *augmentation, *to_tensor])
+        self.preparation = list(preparation)
+        self.augmentation = list(augmentation)
+        self.size = size
+        self.mean = mean
+        self.std = std
+
+    def prepare(self, image: Image.Image) -> Image.Image:
+        """The image after the preparation: what may be kept between epochs."""
+        for step in self.preparation:
+            image = step(image)
+        return image
+
+    def finish(self, prepared: Image.Image) -> torch.Tensor:
+        """The rest: ``transform(image)`` is ``transform.finish(transform.prepare(image))``."""
+        for step in self.transforms[len(self.preparation) :]:
+            prepared = step(prepared)
+        return prepared
 
 
 def make_transform(
@@ -27,7 +72,7 @@ def make_transform(
     mean: Sequence[float],
     std: Sequence[float],
     train: bool,
-) -> v2.Compose:
+) -> ImageTransform:
     """Build the transform of a recipe.
 
     Args:
@@ -56,19 +101,18 @@ def make_transform(
     if not all(value > 0 for value in std):
         raise InputError(f"std must be positive, got {std}")
 
-    geometry: list[torch.nn.Module]
+    preparation: list[torch.nn.Module] = []
+    augmentation: list[torch.nn.Module] = []
     if recipe == "vtab":
-        geometry = [v2.Resize((height, width))]
+        preparation = [v2.Resize((height, width))]
     elif recipe == "fgvc" and train:
-        geometry = [v2.RandomResizedCrop((height, width)), v2.RandomHorizontalFlip()]
+        augmentation = [v2.RandomResizedCrop((height, width)), v2.RandomHorizontalFlip()]
     elif recipe == "fgvc":
         # By the longer side of the crop, so that an oblong crop never reaches outside the image.
-        geometry = [v2.Resize(round(max(height, width) * 256 / 224)), v2.CenterCrop((height, width))]
+        preparation = [v2.Resize(round(max(height, width) * 256 / 224)), v2.CenterCrop((height, width))]
     else:
         raise InputError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
-    return v2.Compose(
-        [*geometry, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
-    )
+    return ImageTransform(preparation, augmentation, size=(height, width), mean=mean, std=std)
 
 
 def _height_width(image_size: int | tuple[int, int]) -> tuple[int, int]:
