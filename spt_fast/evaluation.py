@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
-from spt_fast.data import ImageDataset, make_loader
-from spt_fast.distributed import all_reduced
+from spt_fast.data import ImageDataset
+from spt_fast.distributed import all_reduced, world
 from spt_fast.errors import InputError
+from spt_fast.feeding import ImageFeed
 from spt_fast.progress import Progress
 from spt_fast.prompted_vit import PromptedViT
 
@@ -37,13 +37,12 @@ class Evaluation:
         return asdict(self)
 
 
-@torch.no_grad()
 def evaluate(
     model: PromptedViT,
     data: ImageDataset,
     *,
     batch_size: int = 64,
-    num_workers: int = 0,
+    num_workers: int | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Accuracy and loss of ``model`` over ``data``, every image counted once.
@@ -54,28 +53,42 @@ def evaluate(
         model: the model; it is judged in eval mode and left in the mode it was in.
         data: a data set with a transform.
         batch_size: images at a time.
-        num_workers: processes that decode.
+        num_workers: processes that decode; ``None``: as many as there is use for.
         progress: called with the images done so far.
 
     Raises:
         InputError: no image of ``data`` could be read, or it has more classes than the model.
+
+    Example:
+        >>> from spt_fast import load_backbone
+        >>> from spt_fast.data import load_dataset, make_transform
+        >>> backbone = load_backbone("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2)
+        >>> model = PromptedViT(backbone, torch.randn(2, 5, 192), num_classes=10, pool="avg")
+        >>> transform = make_transform("vtab", image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3, train=False)
+        >>> evaluate(model, load_dataset("digits", "val", transform=transform)).images
+        200
     """
+    feed = ImageFeed(data, model.prompts.device, num_workers=num_workers)
+    return evaluate_feed(model, feed, batch_size=batch_size, progress=progress)
+
+
+@torch.no_grad()
+def evaluate_feed(
+    model: PromptedViT, feed: ImageFeed, *, batch_size: int = 64, progress: Progress | None = None
+) -> Evaluation:
+    """:func:`evaluate` over a feed, which can be used again."""
+    data = feed.data
     if len(data.classes) > model.head.out_features:
         raise InputError(f"data has {len(data.classes)} classes and the model {model.head.out_features}")
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    loader = make_loader(
-        data, batch_size=batch_size, rank=rank, world_size=world_size, num_workers=num_workers
-    )
-    device = model.prompts.device
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    rank, world_size = world()
+    sums = torch.zeros(4, dtype=torch.float64, device=feed.device)
     training = model.training
     model.eval()
     done = 0
     try:
-        for images, labels in loader:
+        for images, labels in feed.batches(batch_size=batch_size, rank=rank, world_size=world_size):
             if len(labels):
-                logits = model(images.to(device, non_blocking=True)).float()
-                labels = labels.to(device, non_blocking=True)
+                logits = model(images).float()
                 sums[0] += (logits.argmax(dim=1) == labels).sum()
                 sums[1] += F.cross_entropy(logits, labels, reduction="sum")
                 sums[2] += len(labels)
@@ -84,7 +97,7 @@ def evaluate(
                 progress("evaluating", done * world_size, len(data))
     finally:
         model.train(training)
-    sums[3] = len(loader.skipped)
+    sums[3] = len(feed.skipped)
     correct, loss, count, skipped = all_reduced(sums).tolist()
     if not count:
         raise InputError(f"no image of {data.name} could be read")

@@ -42,6 +42,7 @@ class PromptAdamW(torch.optim.AdamW):
         weight_decay: float,
         head_weight_decay: float,
         lr_scale: LearningRateScale = "rms",
+        fused: bool = False,
     ) -> None:
         self.prompts = prompts
         self.blocks: list[Tensor] = list(prompts.detach()) if prompts.requires_grad else []
@@ -54,7 +55,15 @@ class PromptAdamW(torch.optim.AdamW):
             rates = {"lr": lr * scale, "initial_lr": lr, "lr_scale": scale}
             groups.append({"params": [block], "weight_decay": weight_decay, **rates})
         groups.append({"params": list(head.parameters()), "weight_decay": head_weight_decay, "lr_scale": 1.0})
-        super().__init__(groups, lr=lr)
+        on_gpu = prompts.device.type == "cuda"
+        super().__init__(groups, lr=lr, fused=fused or None, capturable=fused and on_gpu)
+        self._rates = torch.empty(len(groups), device=prompts.device) if fused and on_gpu else None
+
+    def send_rates(self) -> None:
+        """Take the learning rates of the groups to the device, without waiting for it."""
+        if self._rates is not None:
+            rates = torch.tensor([group["lr"] for group in self.param_groups], pin_memory=True)
+            self._rates.copy_(rates, non_blocking=True)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -62,7 +71,22 @@ class PromptAdamW(torch.optim.AdamW):
         if self.prompts.grad is not None:
             for block, gradient in zip(self.blocks, self.prompts.grad, strict=True):
                 block.grad = gradient
-        return super().step(closure)
+        if self._rates is None:
+            return super().step(closure)
+        numbers = [group["lr"] for group in self.param_groups]
+        try:
+            for group, rate in zip(self.param_groups, self._rates, strict=True):
+                group["lr"] = rate
+            return super().step(closure)
+        finally:  # schedules and files want numbers
+            for group, number in zip(self.param_groups, numbers, strict=True):
+                group["lr"] = number
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, also one that was saved on another kind of device."""
+        own = [{name: group[name] for name in ("fused", "capturable")} for group in self.param_groups]
+        groups = [{**theirs, **ours} for theirs, ours in zip(state_dict["param_groups"], own, strict=True)]
+        super().load_state_dict({**state_dict, "param_groups": groups})
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.v2 import MixUp
 
-from spt_fast.data import ImageDataset, make_loader
+from spt_fast.data import ImageDataset
 from spt_fast.devices import prefers_bfloat16
 from spt_fast.distributed import broadcast, process_group
 from spt_fast.errors import InputError
+from spt_fast.feeding import ImageFeed
 from spt_fast.progress import Progress
 from spt_fast.prompted_vit import PromptedViT
+from spt_fast.run_folder import RunFolder
 from spt_fast.training_config import Dtype, TrainingConfig
 from spt_fast.training_run import TrainingResult, TrainingRun
 
@@ -38,8 +36,9 @@ def train(
 ) -> TrainingResult:
     """Train the prompts and the head of ``model``, in place.
 
-    Started by torchrun, every process trains on its share of each epoch with gradients averaged
-    (DistributedDataParallel); rank 0 writes.
+    Started by torchrun, the processes take their steps together, each on its share of each epoch: ``W`` processes with
+    batches of ``B`` do what one with batches of ``W * B`` does. Only the gradients of prompts and head travel; rank 0
+    writes. A process group that is joined already is used.
 
     Args:
         model: the model, on the device to train on. Its frozen backbone is replaced by a copy in ``config.dtype``.
@@ -72,53 +71,33 @@ def train(
     device = model.prompts.device
     with process_group(device) as (rank, world_size):
         broadcast([model.prompts, model.head.weight, model.head.bias])
-        run = TrainingRun(model, train_data, output, config, metadata or {}, writes=rank == 0)
+        run = TrainingRun(model, train_data, RunFolder(output, writes=rank == 0), config, metadata or {})
         run.begin(resume=resume, overwrite=overwrite)
         model.cast_backbone(_dtype(config.dtype, device))
-        forward: Callable[[Tensor], Tensor] = DistributedDataParallel(model) if world_size > 1 else model
-        forward = torch.compile(forward) if config.compile else forward
+        feed = ImageFeed(train_data, device, num_workers=config.num_workers)
+        val_feed = None if val_data is None else ImageFeed(val_data, device, num_workers=config.num_workers)
         mixup = MixUp(alpha=config.mixup, num_classes=model.head.out_features) if config.mixup else None
+        no_targets = torch.zeros(0, model.head.out_features, device=device)
+        order = {"batch_size": config.batch_size, "shuffle": True, "seed": config.seed}
+        share = {"rank": rank, "world_size": world_size}
 
         while run.epoch < config.epochs:
-            loader = _epoch_loader(train_data, config, run.epoch, run.batch, rank, world_size)
             model.train()
-            for images, labels in loader:
+            waited = feed.waited
+            for images, labels in feed.batches(**order, epoch=run.epoch, start_batch=run.batch, **share):
                 # Everything random in a step follows from (seed, step, rank): resuming needs no generator state.
                 torch.manual_seed((config.seed * 1_000_003 + run.step) * world_size + rank)
-                images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-                targets = labels
-                if mixup is not None and len(labels):
-                    images, targets = mixup(images, labels)
-                logits = forward(images).float()
-                loss = F.cross_entropy(
-                    logits, targets, label_smoothing=config.label_smoothing, reduction="sum"
-                )
-                (loss / max(1, len(labels))).backward()
-                run.update(loss.detach(), (logits.detach().argmax(dim=1) == labels).sum(), len(labels))
+                targets = None
+                if mixup is not None:
+                    images, targets = mixup(images, labels) if len(labels) else (images, no_targets)
+                run.advance(images, labels, targets)
                 if progress is not None:
                     done = min(run.batch * config.batch_size * world_size, len(train_data))
                     progress(f"epoch {run.epoch + 1}/{config.epochs}", done, len(train_data))
             last = run.epoch + 1 == config.epochs
-            validate = val_data is not None and (last or (run.epoch + 1) % config.val_interval == 0)
-            run.end_epoch(val_data if validate else None)
+            validate = last or (run.epoch + 1) % config.val_interval == 0
+            run.end_epoch(feed.waited - waited, val_feed if validate else None)
         return run.finish()
-
-
-def _epoch_loader(
-    data: ImageDataset, config: TrainingConfig, epoch: int, batch: int, rank: int, world_size: int
-):
-    data.set_epoch(epoch)
-    return make_loader(
-        data,
-        batch_size=config.batch_size,
-        shuffle=True,
-        seed=config.seed,
-        epoch=epoch,
-        start_batch=batch,
-        rank=rank,
-        world_size=world_size,
-        num_workers=config.num_workers,
-    )
 
 
 def _dtype(name: Dtype, device: torch.device) -> torch.dtype:

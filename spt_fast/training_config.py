@@ -33,9 +33,10 @@ class TrainingConfig:
             saved; ``None`` is off.
         dtype: of the frozen weights and activations: ``"bfloat16"``, ``"float32"``, or ``"auto"``: bfloat16 where the
             device computes in it. Prompts and head stay float32.
-        compile: run the model through torch.compile.
+        compile: run forward and backward pass through torch.compile and, on one GPU, the whole step as a CUDA graph.
         seed: of the order of images, augmentation, dropout and mixup.
-        num_workers: processes that decode images.
+        num_workers: processes that decode images; ``None``: as many as there are cores and use for, see
+            :class:`spt_fast.feeding.ImageFeed`.
         val_interval: validate after every this many epochs, and after the last.
         checkpoint_minutes: save the state of training at least this often, and after every epoch.
     """
@@ -54,7 +55,7 @@ class TrainingConfig:
     dtype: Dtype = "auto"
     compile: bool = False
     seed: int = 0
-    num_workers: int = 0
+    num_workers: int | None = None
     val_interval: int = 1
     checkpoint_minutes: float = 5.0
 
@@ -74,7 +75,7 @@ class TrainingConfig:
             "ema_decay": self.ema_decay is not None and not 0 < self.ema_decay < 1 and "between 0 and 1",
             "dtype": self.dtype not in get_args(Dtype) and "auto, bfloat16 or float32",
             "seed": self.seed < 0 and "at least 0",
-            "num_workers": self.num_workers < 0 and "at least 0",
+            "num_workers": self.num_workers is not None and self.num_workers < 0 and "at least 0",
             "val_interval": self.val_interval < 1 and "at least 1",
             "checkpoint_minutes": not self.checkpoint_minutes >= 0 and "at least 0",
         }

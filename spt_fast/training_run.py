@@ -1,10 +1,8 @@
-"""The state of a training run: what changes from step to step, and what of it is on disk."""
+"""The state of a training run: what changes from step to step, and what a resumed run goes on from."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import json
 import math
 import time
@@ -16,26 +14,21 @@ from typing import Any
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 from spt_fast.adapters import save_adapter
 from spt_fast.backbones import backbone_identity, source_of
 from spt_fast.data import ImageDataset
-from spt_fast.distributed import all_reduced
-from spt_fast.errors import CheckpointError, InputError
-from spt_fast.evaluation import evaluate
-from spt_fast.files import atomic_path, write_text
+from spt_fast.distributed import world
+from spt_fast.errors import InputError
+from spt_fast.evaluation import evaluate_feed
+from spt_fast.feeding import ImageFeed
 from spt_fast.optimizer import PromptAdamW, cosine_schedule
 from spt_fast.prompted_vit import PromptedViT
+from spt_fast.run_folder import RunFolder
 from spt_fast.training_config import TrainingConfig
+from spt_fast.training_step import TrainingStep
 
-# TensorBoard draws what stands before a slash into one group.
-EVENT_NAMES = {
-    "train_loss": "train/loss",
-    "train_accuracy": "train/accuracy",
-    "val_loss": "val/loss",
-    "val_accuracy": "val/accuracy",
-}
+STEPS_PER_LOG = 10
 
 
 @dataclass(frozen=True)
@@ -50,6 +43,9 @@ class TrainingResult:
         best_epoch: the epoch it was reached in.
         train_seconds: wall-clock seconds, over all interrupted parts.
         skipped: unreadable training files in the last epoch.
+        data_wait: share of the training time from the second epoch on (of the first if there is no other), 0 to 1, that
+            was spent in waiting for images.
+        compile_seconds: what the first step took where it was compiled, else ``None``.
         output: folder with ``last.safetensors``, ``best.safetensors``, ``metrics.csv``, ``config.json`` and
             TensorBoard's events.
     """
@@ -60,30 +56,38 @@ class TrainingResult:
     train_seconds: float
     skipped: int
     output: Path
+    data_wait: float = 0.0
+    compile_seconds: float | None = None
 
 
 class TrainingRun:
-    """The state of one training run: what changes from step to step, and what of it is on disk."""
+    """The state of one training run.
+
+    Args:
+        model: the model, in the dtype and on the device it is trained in.
+        train_data: the training images.
+        folder: where the run is kept.
+        config: how it is trained.
+        metadata: json-able entries for the records of the run and its adapters.
+    """
 
     def __init__(
         self,
         model: PromptedViT,
         train_data: ImageDataset,
-        output: Path,
+        folder: RunFolder,
         config: TrainingConfig,
         metadata: dict[str, Any],
-        writes: bool,
     ) -> None:
         self.model = model
         self.config = config
-        self.output = output
-        self.metadata = metadata
-        self.writes = writes
+        self.folder = folder
+        self.metadata = {**metadata, "training": asdict(config)}
         self.images = len(train_data)
         self.backbone = backbone_identity(model.backbone)["weights"]
         self.classes = train_data.classes if len(train_data.classes) == model.head.out_features else None
-        self.world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        self.steps_per_epoch = math.ceil(math.ceil(len(train_data) / self.world_size) / config.batch_size)
+        images_per_rank = math.ceil(len(train_data) / world()[1])
+        self.steps_per_epoch = math.ceil(images_per_rank / config.batch_size)
         self.optimizer = PromptAdamW(
             model.prompts,
             model.head,
@@ -91,6 +95,7 @@ class TrainingRun:
             weight_decay=config.weight_decay,
             head_weight_decay=config.head_weight_decay,
             lr_scale=config.lr_scale,
+            fused=True,
         )
         self.schedule = cosine_schedule(
             self.optimizer,
@@ -101,14 +106,27 @@ class TrainingRun:
         self.learned = nn.ModuleDict({"head": model.head})
         self.learned.register_parameter("prompts", model.prompts)
         self.ema = ModelEmaV3(self.learned, decay=config.ema_decay) if config.ema_decay else None
-        self.epoch = self.batch = 0
+        # Loss, hits and images of the epoch so far, of all processes: rank 0 can save without asking the others.
         self.sums = torch.zeros(3, dtype=torch.float64, device=model.prompts.device)
+        self.take_step = TrainingStep(
+            model,
+            self.optimizer,
+            self.sums,
+            batch_size=config.batch_size,
+            label_smoothing=config.label_smoothing,
+            average=self._average if self.ema is not None else None,
+            compile=config.compile,
+        )
+        self.epoch = self.batch = 0
         self.metrics: list[dict[str, Any]] = []
         self.best: tuple[float, int] | None = None
         self.skipped = 0
         self.seconds_before = 0.0
-        self.started = self.saved = time.perf_counter()
-        self.log: SummaryWriter | None = None
+        self.waits: list[
+            tuple[float, float]
+        ] = []  # of each epoch: seconds of waiting for images, and of training
+        self.started = self.saved = self.epoch_started = time.perf_counter()
+        self.unlogged: list[tuple[int, Tensor]] = []
 
     @property
     def step(self) -> int:
@@ -133,59 +151,39 @@ class TrainingRun:
             "pool": model.pool,
             "classes": model.head.out_features,
             "images": self.images,
-            "processes": self.world_size,
+            "processes": world()[1],
             "backbone": self.backbone,
             "weight_dtype": source_of(model.backbone)["weight_dtype"],
         }
         return json.loads(json.dumps(record))
 
     def begin(self, *, resume: bool, overwrite: bool) -> None:
-        state_file, config_file = self.output / "checkpoint.pt", self.output / "config.json"
-        if resume and state_file.exists():
-            self._load(state_file)
-        elif self.writes and config_file.exists() and not (resume or overwrite):
-            raise InputError(
-                f"output {self.output} already holds a run; resume it, overwrite it or name another folder"
-            )
-        if self.writes:
-            if self.step == 0:
-                for stale in (
-                    "checkpoint.pt",
-                    "best.safetensors",
-                    "last.safetensors",
-                    "metrics.csv",
-                    "summary.json",
-                ):
-                    (self.output / stale).unlink(missing_ok=True)
-                for events in (self.output / "tensorboard").glob("events.*"):
-                    events.unlink()
-            write_text(
-                config_file, json.dumps({**self.metadata, "training": asdict(self.config)}, indent=2) + "\n"
-            )
-            self.log = SummaryWriter(str(self.output / "tensorboard"), purge_step=self.step + 1)
+        if resume and self.folder.has_state():
+            self._load()
+        elif not (resume or overwrite):
+            self.folder.refuse_to_replace()
+        self.folder.open(self.metadata, step=self.step)
 
-    def update(self, loss: Tensor, correct: Tensor, count: int) -> None:
-        """Take the optimizer step for the gradients at hand, and count its batch."""
+    def advance(self, images: Tensor, labels: Tensor, targets: Tensor | None) -> None:
+        """Take the optimizer step for a batch; see :class:`TrainingStep`."""
         self.schedule.step_update(self.step + 1)
-        # A batch without a readable image teaches nothing; but ranks only stay equal if all of them step.
-        if count or self.world_size > 1:
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.ema is not None:
-            self.ema.update(self.learned)
-        # Summed over processes in every step, so that rank 0 can save at any of them without asking the others.
-        self.sums += all_reduced(
-            torch.stack([loss.double(), correct.double(), loss.new_tensor(count, dtype=torch.float64)])
-        )
+        self.take_step(images, labels, targets)
         self.batch += 1
-        if self.log is not None and self.step % 10 == 0:
-            self.log.add_scalar("train/batch_loss", loss / max(1, count), self.step)
+        if self.step % STEPS_PER_LOG == 0:
+            self.unlogged.append((self.step, self.take_step.totals.clone()))
         minutes = (time.perf_counter() - self.saved) / 60
         if minutes >= self.config.checkpoint_minutes and self.batch < self.steps_per_epoch:
             self._save()
 
-    def end_epoch(self, val_data: ImageDataset | None) -> None:
+    def end_epoch(self, waited: float, val_feed: ImageFeed | None) -> None:
+        """Judge the model and save everything.
+
+        Args:
+            waited: seconds of waiting for images in this epoch.
+            val_feed: images to judge on; ``None``: not now.
+        """
         loss, correct, count = self.sums.tolist()
+        trained = time.perf_counter() - self.epoch_started
         if not count:
             raise InputError("no training image could be read")
         if not loss < float("inf"):
@@ -194,7 +192,7 @@ class TrainingRun:
                 f"lower learning_rate={self.config.learning_rate}"
             )
         # Not the loader's count: that of a resumed epoch begins where it was resumed.
-        self.skipped = self.world_size * math.ceil(self.images / self.world_size) - int(count)
+        self.skipped = self.images - int(count)
         row: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "train_loss": loss / count,
@@ -204,43 +202,54 @@ class TrainingRun:
             "learning_rate": self.optimizer.param_groups[-1]["lr"],
         }
         with self._averaged():
-            if val_data is not None:
-                judged = evaluate(self.model, val_data, num_workers=self.config.num_workers)
+            if val_feed is not None:
+                judged = evaluate_feed(self.model, val_feed)
                 row |= {"val_loss": judged.loss, "val_accuracy": judged.accuracy}
                 if self.best is None or judged.accuracy > self.best[0]:
                     self.best = (judged.accuracy, self.epoch + 1)
                     self._save_adapter("best.safetensors")
             self._save_adapter("last.safetensors")
         self.metrics.append({**row, "seconds": self.seconds})
+        self.waits.append((waited, trained))
         self.epoch, self.batch = self.epoch + 1, 0
         self.sums.zero_()
-        if self.writes:
-            write_text(self.output / "metrics.csv", _csv(self.metrics))
-        if self.log is not None:
-            for name, value in row.items():
-                if name != "epoch" and value is not None:
-                    self.log.add_scalar(EVENT_NAMES.get(name, name), value, self.epoch)
+        self.folder.log_epoch(row, self.metrics)
         self._save()
+        self.epoch_started = time.perf_counter()
 
     def finish(self) -> TrainingResult:
         if self.ema is not None:
             self.learned.load_state_dict(self.ema.module.state_dict())
         best_accuracy, best_epoch = self.best or (None, None)
-        seconds = self.metrics[-1]["seconds"]
-        result = TrainingResult(self.metrics, best_accuracy, best_epoch, seconds, self.skipped, self.output)
-        if self.log is not None:
-            self.log.close()
-        if self.writes:
-            summary = {
+        # In the first epoch the disk's cache is cold and code is compiled.
+        waited, trained = map(sum, zip(*(self.waits[1:] or self.waits), strict=True))
+        result = TrainingResult(
+            self.metrics,
+            best_accuracy,
+            best_epoch,
+            self.metrics[-1]["seconds"],
+            self.skipped,
+            self.folder.path,
+            waited / trained,
+            self.take_step.compile_seconds,
+        )
+        self.folder.close(
+            {
                 "best_accuracy": best_accuracy,
                 "best_epoch": best_epoch,
                 "final_accuracy": self.metrics[-1]["val_accuracy"],
-                "train_seconds": seconds,
+                "train_seconds": result.train_seconds,
+                "data_wait": result.data_wait,
+                "compile_seconds": result.compile_seconds,
                 "skipped": self.skipped,
                 "trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             }
-            write_text(self.output / "summary.json", json.dumps(summary, indent=2) + "\n")
+        )
         return result
+
+    def _average(self) -> None:
+        assert self.ema is not None
+        self.ema.update(self.learned)
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -256,40 +265,39 @@ class TrainingRun:
             self.learned.load_state_dict(own)
 
     def _save_adapter(self, name: str) -> None:
-        if self.writes:
-            metadata = {**self.metadata, "training": asdict(self.config)}
-            save_adapter(self.output / name, self.model, classes=self.classes, metadata=metadata)
+        if self.folder.writes:
+            path = self.folder.path / name
+            save_adapter(path, self.model, classes=self.classes, metadata=self.metadata)
 
     def _save(self) -> None:
-        if not self.writes:
+        self.folder.log_batches(self.unlogged)
+        self.unlogged.clear()
+        if not self.folder.writes:
             return
         self.saved = time.perf_counter()
-        state = {
-            "record": self.record,
-            "learned": self.learned.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "ema": None if self.ema is None else self.ema.module.state_dict(),
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "sums": self.sums,
-            "metrics": self.metrics,
-            "best": self.best,
-            "skipped": self.skipped,
-            "seconds": self.seconds,
-        }
-        with atomic_path(self.output / "checkpoint.pt") as temporary:
-            torch.save(state, temporary)
+        self.folder.save_state(
+            {
+                "record": self.record,
+                "learned": self.learned.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "ema": None if self.ema is None else self.ema.module.state_dict(),
+                "epoch": self.epoch,
+                "batch": self.batch,
+                "sums": self.sums,
+                "metrics": self.metrics,
+                "best": self.best,
+                "skipped": self.skipped,
+                "seconds": self.seconds,
+                "waits": self.waits,
+            }
+        )
 
-    def _load(self, path: Path) -> None:
-        try:
-            state = torch.load(path, map_location=self.model.prompts.device, weights_only=True)
-            theirs = state["record"]
-        except Exception as error:
-            raise CheckpointError(f"{path} is not the state of a training run: {error}") from error
+    def _load(self) -> None:
+        state = self.folder.load_state(self.model.prompts.device)
         for key, value in self.record.items():
-            if theirs.get(key) != value:
+            if state["record"].get(key) != value:
                 raise InputError(
-                    f"the run in {self.output} has {key}={theirs.get(key)!r} "
+                    f"the run in {self.folder.path} has {key}={state['record'].get(key)!r} "
                     f"and this call asks for {key}={value!r}"
                 )
         self.learned.load_state_dict(state["learned"])
@@ -297,14 +305,7 @@ class TrainingRun:
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
         self.epoch, self.batch = state["epoch"], state["batch"]
-        self.sums = state["sums"]
+        self.sums.copy_(state["sums"])  # in place: the step adds to it
         self.metrics, self.skipped, self.seconds_before = state["metrics"], state["skipped"], state["seconds"]
+        self.waits = state["waits"]
         self.best = None if state["best"] is None else tuple(state["best"])
-
-
-def _csv(rows: list[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

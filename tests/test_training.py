@@ -369,17 +369,18 @@ def test_compiled_training_is_the_same_training(
 ) -> None:
     compiled = []
 
-    def compile_model(model: Any) -> Any:
-        compiled.append(model)
-        return torch_compile(model, backend=backend)
+    def compile_step(function: Any, **options: Any) -> Any:
+        compiled.append(options)
+        return torch_compile(function, backend=backend, **options)
 
     torch_compile = torch.compile
-    monkeypatch.setattr(torch, "compile", compile_model)
+    monkeypatch.setattr(torch, "compile", compile_step)
     models = [tiny_model(backbone=tiny_backbone(depth=1), deep=False) for _ in range(2)]
     for model, compile in zip(models, (False, True), strict=True):
         config = replace(CONFIG, epochs=1, batch_size=4, compile=compile)
-        train(model, squares(8), squares(4), output=tmp_path / str(compile), config=config)
-    assert compiled == [models[1]]
+        result = train(model, squares(8), squares(4), output=tmp_path / str(compile), config=config)
+        assert (result.compile_seconds is not None) == compile
+    assert len(compiled) == 1
     for name, value in learned(models[0]).items():
         torch.testing.assert_close(learned(models[1])[name], value, rtol=1e-3, atol=1e-4)
     saved = load_adapter(tmp_path / "True" / "last.safetensors", models[0].backbone)

@@ -67,13 +67,20 @@ def test_interrupted_after_every_step(tmp_path: Path) -> None:
     assert_same_result(result, expected)
 
 
-@pytest.mark.parametrize("where", ["evaluate", "save_adapter", "write_text"])
+@pytest.mark.parametrize(
+    "module, where",
+    [
+        (spt_fast.training_run, "evaluate_feed"),
+        (spt_fast.training_run, "save_adapter"),
+        (spt_fast.run_folder, "write_text"),
+    ],
+)
 def test_interrupted_at_the_end_of_an_epoch(
-    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: Any, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = Case("moving_average", tmp_path)
     expected_model, expected = case.run("straight")
-    original, calls = getattr(spt_fast.training_run, where), []
+    original, calls = getattr(module, where), []
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
@@ -81,7 +88,7 @@ def test_interrupted_at_the_end_of_an_epoch(
             raise Interruption
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(spt_fast.training_run, where, interrupted)
+    monkeypatch.setattr(module, where, interrupted)
     with pytest.raises(Interruption):
         case.run("stopped")
     monkeypatch.undo()
