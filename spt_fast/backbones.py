@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from spt_fast.errors import CheckpointError, InputError, MissingFileError, UnsupportedModelError
 from spt_fast.low_precision import WeightDtype, check_weight_dtype, entries_by_name, quantize_blocks
+from spt_fast.sharded_block import original_class
 
 BUNDLED_PREFIX = "bundled:"
 CLASSIFIER_PREFIXES = ("head.", "head_dist.", "fc.")
@@ -128,7 +129,7 @@ def check_backbone(model: nn.Module) -> VisionTransformer:
     if not len(model.blocks):
         raise UnsupportedModelError(f"{kind} cannot be prompted: it has no blocks (depth=0)")
     for index, block in enumerate(model.blocks):
-        if type(block) is not Block:
+        if original_class(block) is not Block:
             raise UnsupportedModelError(
                 f"{kind} cannot be prompted: block {index} is a {type(block).__name__}, and prompts are defined for "
                 "timm's pre-norm Block (attention, then MLP, each behind its own LayerNorm)"
@@ -210,6 +211,9 @@ def backbone_identity(backbone: VisionTransformer) -> dict[str, Any]:
     Returns:
         A json-able dict.
     """
+    known: Any = getattr(backbone, "spt_fast_identity", None)  # of weights that are no longer all here
+    if known is not None:
+        return known
     digest = hashlib.sha256()
     for key, sample in sorted(entries_by_name(backbone).items()):
         if key.startswith(CLASSIFIER_PREFIXES):

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from spt_fast.adapters import Adapter, check_identity
 from spt_fast.backbones import backbone_identity, check_backbone, check_images, embed, final_norm, freeze
 from spt_fast.batch_plan import BatchPlan, FormGroup, plan_batch
-from spt_fast.errors import InputError
+from spt_fast.errors import InputError, UnsupportedModelError
 from spt_fast.pooling import Pool, pooled, reads_prefix_only
 from spt_fast.prompted_block import prompt_keys_values, prompted_block
 from spt_fast.prompted_vit import PromptedViT
+from spt_fast.sharded_block import is_sharded
 from spt_fast.task_banks import Task, TaskBanks, stack_tasks
 
 
@@ -60,7 +61,8 @@ class MultiTaskViT(nn.Module):
         adapters: Mapping[str, Adapter | PromptedViT | str | os.PathLike[str]],
     ) -> None:
         super().__init__()
-        check_backbone(backbone)
+        if is_sharded(check_backbone(backbone)):
+            raise UnsupportedModelError("a backbone whose blocks are sharded trains tasks, it does not serve them")
         self.backbone = freeze(backbone)
         self._banks: TaskBanks = stack_tasks(backbone, {})
         self._extend(adapters)

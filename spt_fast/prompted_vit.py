@@ -21,6 +21,7 @@ from spt_fast.errors import InputError
 from spt_fast.pooling import Pool, pooled, reads_prefix_only
 from spt_fast.prompted_block import prompt_keys_values, prompted_block
 from spt_fast.prototypes import Prototypes
+from spt_fast.sharded_block import call_with_weights, is_sharded
 
 
 class PromptedViT(nn.Module):
@@ -121,7 +122,10 @@ class PromptedViT(nn.Module):
         The frozen weights are cast once here instead of at every use, as autocast would; the caller's own backbone
         object stays as it is.
         """
-        if next(self.backbone.parameters()).dtype != dtype:
+        own = next(self.backbone.parameters()).dtype
+        if own != dtype:
+            if is_sharded(self.backbone):
+                raise InputError(f"the sharded backbone is {own} and cannot become {dtype}; cast it, then shard it")
             self.backbone = copy.deepcopy(self.backbone).to(dtype)
         return self
 
@@ -202,9 +206,10 @@ class PromptedViT(nn.Module):
     def _run(
         self, block: nn.Module, x: Tensor, prompts: Tensor | None = None, queries: Tensor | None = None
     ) -> Tensor:
+        call = (_block_with_prompts, block, x, prompts, queries)
         if self.checkpoint_blocks and torch.is_grad_enabled():
-            return checkpoint(_block_with_prompts, block, x, prompts, queries, use_reentrant=False)
-        return _block_with_prompts(block, x, prompts, queries)
+            return checkpoint(call_with_weights, *call, use_reentrant=False)
+        return call_with_weights(*call)
 
     def _block_prompts(self, prompts: Tensor, x: Tensor) -> Tensor:
         """Prompts of one block as it takes them: ``[P, D]``, or ``[B, P, D]`` where dropout makes them differ."""
