@@ -35,8 +35,9 @@ def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
         return
     store, rank, world_size = next(rendezvous("env://"))
     # Processes find each other through addresses in the store. Under the same keys a second group could be given the
-    # addresses that the first left there.
-    store = dist.PrefixStore(f"spt_fast/{next(_groups)}", store)
+    # addresses that the first left there, and processes that torchrun has started again those of the dead.
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"spt_fast/{restarts}/{next(_groups)}", store)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     try:

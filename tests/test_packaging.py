@@ -1,7 +1,7 @@
 """The project as others get it: as a wheel, as an editable installation, and through make.
 
 Packages are built from a copy of the checkout, so that nothing left over from earlier builds can leak in, and
-without the link ``spt_fast/kernels``, so that only ``setup.py`` can put the kernels in their place.
+without the links ``spt_fast/kernels`` and ``spt_fast/recipes``, so that only ``setup.py`` can put these in their place.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROBE = """
 import importlib.metadata, importlib.resources, importlib.util, json, runpy, sys
 import spt_fast, spt_fast.kernels
+from spt_fast.recipe import load_recipe, recipe_names
 script, *modules = sys.argv[1:]
 assets = importlib.resources.files("spt_fast") / "assets"
 print(json.dumps({
@@ -32,6 +33,7 @@ print(json.dumps({
     "kernels": spt_fast.kernels.__file__,
     "modules": {name: importlib.util.find_spec(name).origin for name in modules},
     "assets": {item.name: len(item.read_bytes()) for item in assets.iterdir()},
+    "recipes": len({load_recipe(name).model for name in recipe_names()}),
     "version": [spt_fast.__version__, importlib.metadata.version("spt-fast")],
 }))
 sys.argv = [script, "--help"]
@@ -58,6 +60,11 @@ def python_files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*.py")}
 
 
+def yaml_files(folder: Path) -> set[str]:
+    """The yaml files below ``folder``, relative to it."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*.yaml")}
+
+
 def assets_of(checkout: Path) -> dict[str, int]:
     """The bundled files and their sizes in bytes."""
     return {path.name: path.stat().st_size for path in (checkout / "spt_fast" / "assets").iterdir()}
@@ -65,15 +72,16 @@ def assets_of(checkout: Path) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what a build reads, without caches, leftovers and the link to the kernels."""
+    """A copy of what a build reads, without caches, leftovers and the links to kernels and recipes."""
     copy = tmp_path_factory.mktemp("source") / "checkout"
     copy.mkdir()
     leave_out = shutil.ignore_patterns("__pycache__", "*.egg-info", "_native")
-    for folder in ("spt_fast", "kernels", "benchmarks", "tests"):
+    for folder in ("spt_fast", "kernels", "recipes", "benchmarks", "tests"):
         shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=leave_out)
     for file in ("setup.py", "pyproject.toml", "MANIFEST.in", "CMakeLists.txt", "README.md", "LICENSE"):
         shutil.copy2(ROOT / file, copy)
-    (copy / "spt_fast" / "kernels").unlink()
+    for link in ("kernels", "recipes"):
+        (copy / "spt_fast" / link).unlink()
     return copy
 
 
@@ -124,6 +132,7 @@ def assert_complete(report: dict, checkout: Path, package: Path, kernels: Path) 
     for name, origin in report["modules"].items():
         assert kernels in Path(origin).parents, f"{name} comes from {origin}"
     assert report["assets"] == assets_of(checkout)
+    assert report["recipes"] == 6  # three architectures, each also with a name for timm's weights
     assert report["version"][0] == report["version"][1]
 
 
@@ -133,6 +142,10 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path, checkout: Path) -
     expected |= {f"spt_fast/kernels/{file}" for file in python_files(checkout / "kernels")}
     expected |= {
         f"spt_fast/kernels/cuda/{path.name}" for path in (checkout / "kernels" / "cuda").glob("*.cu*")
+    }
+    expected |= {
+        f"spt_fast/recipes/{file}"
+        for file in {*python_files(checkout / "recipes"), *yaml_files(checkout / "recipes")}
     }
     # What a compiler made of the C++ sources has a test of its own, and is not there without one.
     names = {name for name in names if not name.startswith("spt_fast/kernels/_native/")}

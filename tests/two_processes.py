@@ -28,7 +28,9 @@ CONFIG = TrainingConfig(
     checkpoint_minutes=0.0,
 )
 ONE_STEP = TrainingConfig(epochs=1, warmup_epochs=0, batch_size=4, seed=5, dtype="float32")
-IMAGES = 11  # two shares of 6, with one image twice; 3 steps of 2 images
+IMAGES = 11  # shares of 6 and 5; 3 steps of 2 images, the last of which the second process takes with one
+WIDE = TrainingConfig(epochs=3, warmup_epochs=1, batch_size=16, learning_rate=0.02, seed=6, dtype="float32")
+WIDE_IMAGES = 6 * 32 + 9
 
 
 class Interruption(Exception):
@@ -86,6 +88,11 @@ def main(folder: Path) -> None:
     train(model, squares(8), output=folder / f"one_step{rank}", config=ONE_STEP)
     PromptAdamW.step = step  # type: ignore[method-assign]
     results["gradients"], results["after_step"] = gradients, learned(model)
+
+    model = tiny_model(seed=10 * rank)
+    data = squares(WIDE_IMAGES, recipe="fgvc")
+    wide = train(model, data, squares(7, seed=1), output=folder / f"wide{rank}", config=WIDE)
+    results["wide"], results["wide_metrics"] = learned(model), wide.metrics
 
     # Interrupted in the middle of the second epoch, in a folder that both know; the second process comes late.
     output = folder / "resumed"
