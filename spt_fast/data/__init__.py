@@ -8,6 +8,7 @@
 (torch.Size([4, 3, 32, 32]), torch.int64)
 """
 
+from .cache import CachedImages, cache_images
 from .dataset import ImageDataset
 from .images import read_image
 from .layouts import LAYOUTS, SPLITS, load_dataset
@@ -18,9 +19,11 @@ __all__ = [
     "LAYOUTS",
     "RECIPES",
     "SPLITS",
+    "CachedImages",
     "ImageDataset",
     "ImageLoader",
     "ImageTransform",
+    "cache_images",
     "load_dataset",
     "make_loader",
     "make_transform",

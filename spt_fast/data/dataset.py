@@ -15,8 +15,9 @@ from torchvision.transforms.v2 import functional as tv
 from spt_fast.errors import InputError, MissingFileError
 
 from .images import read_image, to_rgb
+from .tar_member import TarMember
 
-Source = str | Path | Image.Image
+Source = str | Path | Image.Image | TarMember
 Sample = tuple[Source, int]
 Transform = Callable[[Image.Image], torch.Tensor]
 
@@ -34,8 +35,8 @@ class ImageDataset(Dataset):
     that draw from torch's CPU generator, as torchvision's do.) torch's global random state is left as it was.
 
     Args:
-        samples: pairs of an image and its label. An image is the path of a file or a PIL image in memory; a
-            label is an index into ``classes``.
+        samples: pairs of an image and its label. An image is the path of a file, a member of a tar file or a PIL
+            image in memory; a label is an index into ``classes``.
         classes: the class names.
         transform: from a PIL RGB image to a float32 tensor ``[3, H, W]``; None gives the image at its own
             size, scaled to [0, 1].
@@ -44,14 +45,17 @@ class ImageDataset(Dataset):
         seed: seed of the augmentation, 0 or more.
         recipe: the transform recipe that is customary for these images, see :func:`make_transform`.
         name: what to call the data in reports.
+        shards: the number of consecutive samples in each shard, which the loader then reads one after the other;
+            None for images that are as quickly read in any order.
 
     Attributes:
         classes (list[str]): class names.
         targets (list[int]): the label of every image.
         epoch (int): the epoch that the augmentation is drawn for.
+        shards (list[int] | None): the number of samples in each shard.
 
     Raises:
-        InputError: no samples, or a label that is no index into ``classes``.
+        InputError: no samples, a label that is no index into ``classes``, or shards that are not of these samples.
 
     Example:
         >>> images = [Image.new("RGB", (5, 4), color=color) for color in ("red", "blue")]
@@ -71,6 +75,7 @@ class ImageDataset(Dataset):
         seed: int = 0,
         recipe: str = "vtab",
         name: str = "images",
+        shards: Sequence[int] | None = None,
     ) -> None:
         if not samples:
             raise InputError(f"samples of {name} is empty, expected at least one image")
@@ -81,6 +86,11 @@ class ImageDataset(Dataset):
             raise InputError(
                 f"label {min(strays)} in samples of {name} is no index into its {len(classes)} classes"
             )
+        if shards is not None and (min(shards, default=0) < 1 or sum(shards) != len(samples)):
+            raise InputError(
+                f"shards of {name} must be 1 or more samples each and {len(samples)} together, "
+                f"got {len(shards)} with {sum(shards)}"
+            )
         self.samples = list(samples)
         self.classes = list(classes)
         self.transform = transform
@@ -89,6 +99,7 @@ class ImageDataset(Dataset):
         self.recipe = recipe
         self.name = name
         self.epoch = 0
+        self.shards = None if shards is None else list(shards)
 
     @property
     def targets(self) -> list[int]:
@@ -98,7 +109,7 @@ class ImageDataset(Dataset):
         return len(self.samples)
 
     def __repr__(self) -> str:
-        return f"ImageDataset({self.name}: {len(self)} images, {len(self.classes)} classes)"
+        return f"{type(self).__name__}({self.name}: {len(self)} images, {len(self.classes)} classes)"
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int] | None:
         """The image ``[3, H, W]`` float32 and its label; None for an unreadable file unless ``strict``."""
@@ -108,7 +119,7 @@ class ImageDataset(Dataset):
             if self.strict:
                 raise
             return None
-        return self._transformed(image, int(index) % len(self)), self.samples[index][1]
+        return self._transformed(image, int(index) % len(self), self.transform), self.samples[index][1]
 
     def picture(self, index: int) -> Image.Image:
         """Image ``index``, decoded to RGB at its own size and not transformed.
@@ -118,14 +129,16 @@ class ImageDataset(Dataset):
             InputError: its file cannot be read.
         """
         source = self.samples[index][0]
+        if isinstance(source, TarMember):
+            return source.read_image()
         return to_rgb(source) if isinstance(source, Image.Image) else read_image(source)
 
     def blank(self) -> torch.Tensor:
         """What the transform makes of a black image, float32 [3, H, W]: the shape all images share."""
-        return self._transformed(Image.new("RGB", (512, 512)), 0)
+        return self._transformed(Image.new("RGB", (512, 512)), 0, self.transform)
 
     def describe(self, index: int) -> str:
-        """The path of image ``index``, or its number when it never was a file."""
+        """The path of image ``index`` (``shard: member`` in a tar file), or its number when it never was a file."""
         source = self.samples[index][0]
         return f"image {index} of {self.name}" if isinstance(source, Image.Image) else str(source)
 
@@ -136,12 +149,13 @@ class ImageDataset(Dataset):
         self.epoch = epoch
 
     def subset(self, indices: Sequence[int]) -> ImageDataset:
-        """The images at ``indices``, in that order, with all the classes."""
+        """The images at ``indices``, in that order, with all the classes; shards remain where the order does."""
         samples = [self.samples[index] for index in indices]
         if not samples:
             raise InputError(f"indices into {self.name} is empty, expected at least one image")
         smaller = copy.copy(self)
         smaller.samples = samples
+        smaller.shards = self._shards_of(np.asarray(indices))
         return smaller
 
     def with_transform(self, transform: Transform | None) -> ImageDataset:
@@ -150,10 +164,17 @@ class ImageDataset(Dataset):
         other.transform = transform
         return other
 
-    def _transformed(self, image: Image.Image, index: int) -> torch.Tensor:
-        if self.transform is None:
+    def _shards_of(self, indices: np.ndarray) -> list[int] | None:
+        if self.shards is None or indices[0] < 0 or (np.diff(indices) < 0).any():
+            return None
+        shard_of = np.searchsorted(np.cumsum(self.shards), indices, side="right")
+        return np.unique(shard_of, return_counts=True)[1].tolist()
+
+    def _transformed(self, image: Image.Image, index: int, transform: Transform | None) -> torch.Tensor:
+        """With the randomness that belongs to image ``index`` in this epoch."""
+        if transform is None:
             return tv.to_dtype(tv.pil_to_tensor(image), torch.float32, scale=True)
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would reseed the GPUs as well, and with them the dropout of the trained model.
             torch.default_generator.manual_seed(mixed_seed(self.seed, self.epoch, index))
-            return self.transform(image)
+            return transform(image)

@@ -14,11 +14,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from spt_fast.errors import InputError
 
 from .dataset import Sample
-from .splits import stratified_split
+from .splits import split_off_validation
 
 RECIPE = "fgvc"
 LOOKS_LIKE = "class folders, or train/, val/ and test/ folders of class folders"
-VAL_FRACTION = 0.1
 SPLIT_OF_FOLDER = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
@@ -56,19 +55,8 @@ def read(folder: Path, split: str) -> tuple[list[Sample], list[str]]:
         return train + _images(roots["val"], classes, may_lack_classes=True), classes
     if split == "trainval" or "val" in roots:
         return train, classes
-    kept, held = _split_off_val(train, len(classes), roots["train"])
+    kept, held = split_off_validation(train, roots["train"])
     return (kept if split == "train" else held), classes
-
-
-def _split_off_val(train: list[Sample], num_classes: int, root: Path) -> tuple[list[Sample], list[Sample]]:
-    spare = len(train) - num_classes
-    if not spare:
-        raise InputError(
-            f"data folder {root} has one image a class, too few to hold some back for split 'val'"
-        )
-    num_val = min(max(1, round(len(train) * VAL_FRACTION)), spare)
-    kept, held = stratified_split([label for _, label in train], num_val)
-    return [train[index] for index in kept], [train[index] for index in held]
 
 
 def _split_roots(folder: Path) -> dict[str, Path]:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from spt_fast.errors import InputError, MissingFileError
 
-from . import digits, fgvc, folder, vtab
+from . import digits, fgvc, folder, vtab, webdataset
 from .dataset import ImageDataset, Transform
 
 SPLITS = ("train", "val", "trainval", "test")
 
-# In the order "auto" asks them: lists first, because the images beside a list may lie in folders as well.
-_FOLDER_READERS = {"vtab": vtab, "fgvc": fgvc, "folder": folder}
+# In the order "auto" asks them: lists first, because the images beside a list may lie in folders as well, and shards
+# before folders, because their splits may.
+_FOLDER_READERS = {"vtab": vtab, "fgvc": fgvc, "webdataset": webdataset, "folder": folder}
 LAYOUTS = ("auto", *_FOLDER_READERS, "digits")
 
 
@@ -33,7 +34,7 @@ def load_dataset(
             ``"./digits"``).
         split: ``"train"``, ``"val"``, ``"trainval"`` (both) or ``"test"``.
         layout: ``"folder"`` (class folders), ``"vtab"`` (VTAB-1k lists), ``"fgvc"`` (VPT's json lists),
-            ``"digits"``, or ``"auto"``: whichever the files look like.
+            ``"webdataset"`` (shards of WebDataset), ``"digits"``, or ``"auto"``: whichever the files look like.
         transform: see :class:`ImageDataset`; the data set's ``recipe`` names the customary one.
         strict: an unreadable file is an error instead of being skipped and counted.
         seed: seed of the augmentation; the splits do not depend on it.
@@ -44,7 +45,7 @@ def load_dataset(
     Raises:
         MissingFileError: ``data``, a list of the layout or an image in that list does not exist.
         InputError: an unknown split or layout, no recognisable layout, a split that is not there, a malformed
-            list, no images, or splits that disagree on the classes.
+            list or shard, no images, or splits that disagree on the classes.
 
     Example:
         >>> load_dataset("digits", "test")
@@ -57,6 +58,7 @@ def load_dataset(
 
     if data == "digits" and layout in ("auto", "digits"):
         samples, classes = digits.read(split)
+        shards = None
         recipe, name = digits.RECIPE, "digits"
     elif layout == "digits":
         raise InputError(f"data must be {digits.LOOKS_LIKE} for layout='digits', got {str(data)!r}")
@@ -68,9 +70,17 @@ def load_dataset(
             raise InputError(f"data {str(data)!r} is a file, expected a folder")
         reader = _FOLDER_READERS[_recognised(path) if layout == "auto" else layout]
         samples, classes = reader.read(path, split)
+        shards = webdataset.shard_lengths(samples) if reader is webdataset else None
         recipe, name = reader.RECIPE, path.resolve().name
     return ImageDataset(
-        samples, classes, transform=transform, strict=strict, seed=seed, recipe=recipe, name=f"{name}/{split}"
+        samples,
+        classes,
+        transform=transform,
+        strict=strict,
+        seed=seed,
+        recipe=recipe,
+        name=f"{name}/{split}",
+        shards=shards,
     )
 
 

@@ -11,6 +11,7 @@ recipe     training                                    test
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -60,9 +61,10 @@ class ImageTransform(v2.Compose):
 
     def finish(self, prepared: Image.Image) -> torch.Tensor:
         """The rest: ``transform(image)`` is ``transform.finish(transform.prepare(image))``."""
+        image: Any = prepared
         for step in self.transforms[len(self.preparation) :]:
-            prepared = step(prepared)
-        return prepared
+            image = step(image)
+        return image
 
 
 def make_transform(
