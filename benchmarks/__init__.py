@@ -10,6 +10,7 @@ BENCHMARKS = {
     "accuracy_speed": "Accuracy against seconds for every start of deep prompts.",
     "multi_task": "A batch of many tasks against one task alone and against a loop over tasks.",
     "low_precision": "What 8-bit frozen weights cost in accuracy and gain in time.",
+    "data_path": "Images per second from JPEG files to normalised batches, against torchvision and Kornia.",
     "compare_starts": "Which start of prompts ends where, over learning rates and seeds.",
 }
 # The commands around them.
