@@ -18,12 +18,13 @@ ROOT = Path(__file__).resolve().parent
 # Run, not imported: importing the package would need torch before it is installed.
 VERSION = runpy.run_path(str(ROOT / "spt_fast" / "_version.py"))["__version__"]
 
-# The kernels have a folder of their own at the top level and are installed as spt_fast.kernels. The link
-# spt_fast/kernels shows them in that place to whatever reads the checkout without installing it (editors, mypy).
-# Packaging does not need the link, hence the set: with it the kernels are found twice.
-PACKAGE_DIR = {"spt_fast.kernels": "kernels"}
-KERNELS = [f"spt_fast.{name}" for name in find_packages(include=["kernels", "kernels.*"])]
-PACKAGES = sorted({*find_packages(include=["spt_fast", "spt_fast.*"]), *KERNELS})
+# Kernels and recipes have folders of their own at the top level and are installed as spt_fast.kernels and
+# spt_fast.recipes. The links spt_fast/kernels and spt_fast/recipes show them in that place to whatever reads the
+# checkout without installing it (editors, mypy). Packaging does not need the links, hence the set: with them these
+# packages are found twice.
+PACKAGE_DIR = {"spt_fast.kernels": "kernels", "spt_fast.recipes": "recipes"}
+BESIDE = [f"spt_fast.{name}" for name in find_packages(include=["kernels", "kernels.*", "recipes"])]
+PACKAGES = sorted({*find_packages(include=["spt_fast", "spt_fast.*"]), *BESIDE})
 
 
 class BuildNative(build_ext):
@@ -111,6 +112,7 @@ REQUIREMENTS = [
     "timm>=1.0.20",
     "numpy>=1.26.4",
     "pillow>=10.3",
+    "pyyaml>=6.0.1",  # the first with wheels for Python 3.11 and 3.12
     "safetensors>=0.5",
     "scikit-learn>=1.6",
     "matplotlib>=3.9",
@@ -159,7 +161,11 @@ setup(
     ],
     packages=PACKAGES,
     package_dir=PACKAGE_DIR,
-    package_data={"spt_fast": ["py.typed", "assets/*"], "spt_fast.kernels": ["cuda/*.cu", "cuda/*.cuh"]},
+    package_data={
+        "spt_fast": ["py.typed", "assets/*"],
+        "spt_fast.kernels": ["cuda/*.cu", "cuda/*.cuh"],
+        "spt_fast.recipes": ["*.yaml", "*/*.yaml"],
+    },
     ext_modules=[Extension("spt_fast.kernels._native", sources=[])],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": BuildWheel},
     zip_safe=False,
