@@ -33,6 +33,8 @@ def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield 0, 1
         return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where nccl, and whoever asks for the current device, is to work
     store, rank, world_size = next(rendezvous("env://"))
     # Processes find each other through addresses in the store. Under the same keys a second group could be given the
     # addresses that the first left there, and processes that torchrun has started again those of the dead.

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from spt_fast.data import ImageDataset, make_loader
+from spt_fast.data import ImageDataset, ImageLoader, make_loader
+from spt_fast.data.cache import CachedImages
+from spt_fast.data.device_batches import DeviceBatches, DeviceImages
+from spt_fast.data.device_transforms import supports
 
 MOST_WORKERS = 8
 # An epoch with fewer batches for each of them is over before worker processes have paid for themselves.
@@ -47,7 +51,9 @@ class ImageFeed:
         self.num_workers = num_workers
         self.waited = 0.0
         self.skipped: list[str] = []
-        self._device_images = None
+        self._device_images: DeviceImages | None = None
+        if device.type == "cuda" and isinstance(data, CachedImages) and supports(data.transform):
+            self._device_images = DeviceImages(data, device)
 
     def batches(
         self,
@@ -61,7 +67,7 @@ class ImageFeed:
         world_size: int = 1,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch, as :func:`spt_fast.data.make_loader` describes them, on the device."""
-        order = {
+        order: dict[str, Any] = {
             "batch_size": batch_size,
             "shuffle": shuffle,
             "seed": seed,
@@ -70,6 +76,7 @@ class ImageFeed:
             "rank": rank,
             "world_size": world_size,
         }
+        loader: DeviceBatches | ImageLoader
         if self._device_images is not None:
             loader = self._device_images.batches(**order)
         else:

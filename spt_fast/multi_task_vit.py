@@ -62,7 +62,9 @@ class MultiTaskViT(nn.Module):
     ) -> None:
         super().__init__()
         if is_sharded(check_backbone(backbone)):
-            raise UnsupportedModelError("a backbone whose blocks are sharded trains tasks, it does not serve them")
+            raise UnsupportedModelError(
+                "a backbone whose blocks are sharded trains tasks, it does not serve them"
+            )
         self.backbone = freeze(backbone)
         self._banks: TaskBanks = stack_tasks(backbone, {})
         self._extend(adapters)

@@ -125,7 +125,9 @@ class PromptedViT(nn.Module):
         own = next(self.backbone.parameters()).dtype
         if own != dtype:
             if is_sharded(self.backbone):
-                raise InputError(f"the sharded backbone is {own} and cannot become {dtype}; cast it, then shard it")
+                raise InputError(
+                    f"the sharded backbone is {own} and cannot become {dtype}; cast it, then shard it"
+                )
             self.backbone = copy.deepcopy(self.backbone).to(dtype)
         return self
 

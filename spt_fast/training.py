@@ -73,18 +73,23 @@ def train(
         broadcast([model.prompts, model.head.weight, model.head.bias])
         run = TrainingRun(model, train_data, RunFolder(output, writes=rank == 0), config, metadata or {})
         run.begin(resume=resume, overwrite=overwrite)
-        model.cast_backbone(_dtype(config.dtype, device))
+        model.cast_backbone(training_dtype(config.dtype, device))
         feed = ImageFeed(train_data, device, num_workers=config.num_workers)
         val_feed = None if val_data is None else ImageFeed(val_data, device, num_workers=config.num_workers)
         mixup = MixUp(alpha=config.mixup, num_classes=model.head.out_features) if config.mixup else None
         no_targets = torch.zeros(0, model.head.out_features, device=device)
-        order = {"batch_size": config.batch_size, "shuffle": True, "seed": config.seed}
-        share = {"rank": rank, "world_size": world_size}
+        order: dict[str, Any] = {
+            "batch_size": config.batch_size,
+            "shuffle": True,
+            "seed": config.seed,
+            "rank": rank,
+            "world_size": world_size,
+        }
 
         while run.epoch < config.epochs:
             model.train()
             waited = feed.waited
-            for images, labels in feed.batches(**order, epoch=run.epoch, start_batch=run.batch, **share):
+            for images, labels in feed.batches(**order, epoch=run.epoch, start_batch=run.batch):
                 # Everything random in a step follows from (seed, step, rank): resuming needs no generator state.
                 torch.manual_seed((config.seed * 1_000_003 + run.step) * world_size + rank)
                 targets = None
@@ -100,7 +105,8 @@ def train(
         return run.finish()
 
 
-def _dtype(name: Dtype, device: torch.device) -> torch.dtype:
+def training_dtype(name: Dtype, device: torch.device) -> torch.dtype:
+    """What ``TrainingConfig.dtype`` stands for on a device."""
     if name == "auto":
         name = "bfloat16" if prefers_bfloat16(device) else "float32"
     return torch.bfloat16 if name == "bfloat16" else torch.float32

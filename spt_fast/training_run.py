@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from spt_fast.adapters import save_adapter
 from spt_fast.backbones import backbone_identity, source_of
 from spt_fast.data import ImageDataset
+from spt_fast.data.loader import batches_per_epoch
 from spt_fast.distributed import world
 from spt_fast.errors import InputError
 from spt_fast.evaluation import evaluate_feed
@@ -86,8 +86,9 @@ class TrainingRun:
         self.images = len(train_data)
         self.backbone = backbone_identity(model.backbone)["weights"]
         self.classes = train_data.classes if len(train_data.classes) == model.head.out_features else None
-        images_per_rank = math.ceil(len(train_data) / world()[1])
-        self.steps_per_epoch = math.ceil(images_per_rank / config.batch_size)
+        self.steps_per_epoch = batches_per_epoch(
+            train_data, batch_size=config.batch_size, world_size=world()[1]
+        )
         self.optimizer = PromptAdamW(
             model.prompts,
             model.head,

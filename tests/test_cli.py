@@ -23,7 +23,18 @@ from spt_fast.data import load_dataset, make_loader, make_transform
 BUNDLED = shlex.split(
     "--model vit_tiny_patch16_224 --checkpoint bundled:vit_tiny_mae_cifar10 -k img_size=32 -k patch_size=4 --device cpu"
 )
-COMMANDS = ("prototypes", "train", "eval", "predict", "demo", "info", "bench")
+COMMANDS = (
+    "prototypes",
+    "train",
+    "sweep",
+    "vtab",
+    "recipes",
+    "eval",
+    "predict",
+    "demo",
+    "info",
+    "bench",
+)
 
 
 @pytest.fixture(scope="module")

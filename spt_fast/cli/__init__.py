@@ -1,4 +1,4 @@
-"""The command line: ``spt-fast prototypes | train | eval | predict | demo | info | bench``; nothing else prints."""
+"""The command line: ``spt-fast train | prototypes | sweep | vtab | recipes | eval ...``; nothing else prints."""
 
 from spt_fast.cli.commands import app, main
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,8 +12,8 @@ import typer
 from rich.text import Text
 
 import spt_fast
-from spt_fast.backbones import image_settings
 from spt_fast.cli.bench import BenchmarkGroup
+from spt_fast.cli.chosen_recipe import weights_for
 from spt_fast.cli.inputs import (
     build_from,
     check_folder,
@@ -23,8 +22,6 @@ from spt_fast.cli.inputs import (
     open_tasks,
     open_trained,
     parse_bytes,
-    start_of_run,
-    warn_of_other_backbone,
 )
 from spt_fast.cli.options import (
     AdapterOption,
@@ -36,6 +33,7 @@ from spt_fast.cli.options import (
     DepthOption,
     DeviceOption,
     FractionOption,
+    ImageCacheOption,
     JsonOption,
     LayersOption,
     LayoutOption,
@@ -44,8 +42,6 @@ from spt_fast.cli.options import (
     ModelOption,
     MovedCheckpointOption,
     NumPromptsListOption,
-    NumPromptsOption,
-    PoolChoice,
     PretrainedOption,
     RecipeOption,
     ResumeOption,
@@ -64,20 +60,23 @@ from spt_fast.cli.printing import (
     out,
     print_json,
     report_skipped,
+    resumable,
     say,
     show,
     status,
     warn,
 )
+from spt_fast.cli.recipes import recipes
+from spt_fast.cli.search import sweep, vtab
+from spt_fast.cli.train import train
 from spt_fast.data import load_dataset, read_image
 from spt_fast.devices import choose_device
+from spt_fast.distributed import process_group
 from spt_fast.errors import InputError, SptFastError
 from spt_fast.evaluation import evaluate
 from spt_fast.kernels import BackendError
 from spt_fast.machine import machine_facts
-from spt_fast.optimizer import LearningRateScale
 from spt_fast.progress import progress_bar
-from spt_fast.training_config import Dtype, TrainingConfig
 
 # Rows of a batch of `predict`: enough to keep a processor busy, few enough for any memory.
 PREDICTED_AT_ONCE = 64
@@ -122,6 +121,7 @@ def _common(
     "--num-prompts 20 --output prompts.safetensors`"
 )
 def prototypes(
+    context: typer.Context,
     model: ModelOption,
     data: DataOption,
     output: Annotated[
@@ -146,10 +146,11 @@ def prototypes(
     split: Annotated[Split, typer.Option(help="Which images to look at.")] = "train",
     layout: LayoutOption = "auto",
     recipe: RecipeOption = "auto",
+    image_cache: ImageCacheOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
-    workers: WorkersOption = 0,
+    workers: WorkersOption = None,
     strict: StrictOption = False,
     resume: ResumeOption = False,
     export_released: Annotated[
@@ -175,12 +176,29 @@ def prototypes(
         check_folder("--output", path.parent)
     if export_released is not None:
         check_folder("--export-released", export_released)
-    if token_cache is not None:
-        check_folder("--token-cache", token_cache)
-    backbone = open_backbone(model, checkpoint, pretrained, model_kwarg, device, seed, weight_dtype)
-    images = open_images(data, split, backbone, layout, recipe, strict, train=False)
+    for option, folder in (("--token-cache", token_cache), ("--image-cache", image_cache)):
+        if folder is not None:
+            check_folder(option, folder)
     unfinished = output.with_name(output.name + ".partial")
-    with _resumable(unfinished):
+    with (
+        process_group(choose_device(device)),
+        resumable(unfinished),
+        progress_bar(status) as progress,
+    ):
+        weights = weights_for(context, checkpoint, pretrained)
+        backbone = open_backbone(model, *weights, model_kwarg, device, seed, weight_dtype)
+        images = open_images(
+            data,
+            split,
+            backbone,
+            layout,
+            recipe,
+            strict,
+            train=False,
+            image_cache=image_cache,
+            workers=workers,
+            progress=progress,
+        )
         built, skipped = build_from(
             backbone,
             images,
@@ -195,6 +213,7 @@ def prototypes(
             seed=seed,
             batch_size=batch_size,
             workers=workers,
+            progress=progress,
             checkpoint=unfinished,
             checkpoint_minutes=checkpoint_minutes,
             resume=resume,
@@ -224,173 +243,19 @@ def prototypes(
             show(result, as_json)
 
 
-@app.command(
+app.command(
     epilog="Example: `spt-fast train --model vit_base_patch16_224 --checkpoint mae.pth --pool avg --data birds/ "
-    "--output runs/birds`"
-)
-def train(
-    context: typer.Context,
-    model: ModelOption,
-    data: DataOption,
-    output: Annotated[Path, typer.Option(help="Folder for adapters, metrics and the state of training.")],
-    checkpoint: CheckpointOption = None,
-    pretrained: PretrainedOption = False,
-    model_kwarg: ModelKwargOption = None,
-    weight_dtype: WeightDtypeOption = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="Prototypes from `spt-fast prototypes`, instead of building them now.")
-    ] = None,
-    method: MethodOption = "kmeans",
-    num_prompts: NumPromptsOption = 20,
-    depth: DepthOption = "deep",
-    layers: LayersOption = "same",
-    data_fraction: FractionOption = 1.0,
-    capture: CaptureOption = "paper",
-    pool: Annotated[
-        PoolChoice,
-        typer.Option(help="What the head sees; timm: the model's own pooling. MAE is used with avg."),
-    ] = "timm",
-    freeze_prompts: Annotated[
-        bool, typer.Option("--freeze-prompts", help="Train the head alone (Table 4a).")
-    ] = False,
-    prompt_dropout: Annotated[float, typer.Option(help="Dropout on prompts.")] = 0.0,
-    checkpoint_blocks: Annotated[
-        bool, typer.Option("--checkpoint-blocks", help="Less memory, for a second forward pass.")
-    ] = False,
-    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = TrainingConfig.epochs,
-    warmup_epochs: Annotated[
-        int | None, typer.Option(help="Linear warm-up; a tenth of the epochs if not given.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images per step and process.")] = TrainingConfig.batch_size,
-    learning_rate: Annotated[float, typer.Option("--lr", help="Base rate.")] = TrainingConfig.learning_rate,
-    lr_scale: Annotated[
-        LearningRateScale,
-        typer.Option(help="rms: scale each block's prompt rate by the size of its start; none: the paper."),
-    ] = TrainingConfig.lr_scale,
-    weight_decay: Annotated[float, typer.Option(help="Of the prompts.")] = TrainingConfig.weight_decay,
-    head_weight_decay: Annotated[float, typer.Option(help="Of the head.")] = TrainingConfig.head_weight_decay,
-    label_smoothing: Annotated[float, typer.Option(help="Of the cross-entropy.")] = 0.0,
-    mixup: Annotated[float, typer.Option(help="Alpha of mixup; 0 is off.")] = 0.0,
-    ema_decay: Annotated[float | None, typer.Option(help="Decay of a moving average of the weights.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the frozen weights and activations.")] = "auto",
-    compile: Annotated[bool, typer.Option("--compile", help="Run the model through torch.compile.")] = False,
-    split: Annotated[Split, typer.Option(help="Images to train on.")] = "train",
-    val_split: Annotated[Split, typer.Option(help="Images to validate on.")] = "val",
-    validate: Annotated[
-        bool, typer.Option("--validate/--no-validate", help="Look at --val-split at all.")
-    ] = True,
-    layout: LayoutOption = "auto",
-    recipe: RecipeOption = "auto",
-    seed: SeedOption = 0,
-    device: DeviceOption = "auto",
-    workers: WorkersOption = 0,
-    strict: StrictOption = False,
-    resume: ResumeOption = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in OUTPUT.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Train prompts and head on a folder of images, the backbone staying frozen."""
-    wanted_start: dict[str, Any] = {
-        "method": method,
-        "num_prompts": num_prompts,
-        "depth": depth,
-        "layers": layers,
-        "data_fraction": data_fraction,
-        "capture": capture,
-    }
-    typed = [name for name in wanted_start if _was_given(context, name)]
-    if prompts is not None and typed:
-        option = "--" + typed[0].replace("_", "-")
-        raise typer.BadParameter(f"--prompts are prototypes already; {option} says how to build them")
-    if resume and overwrite:
-        raise typer.BadParameter("--resume goes on with the earlier run and --overwrite replaces it")
-    config = TrainingConfig(
-        epochs=epochs,
-        warmup_epochs=epochs // 10 if warmup_epochs is None else warmup_epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        lr_scale=lr_scale,
-        weight_decay=weight_decay,
-        head_weight_decay=head_weight_decay,
-        label_smoothing=label_smoothing,
-        mixup=mixup,
-        ema_decay=ema_decay,
-        dtype=dtype,
-        compile=compile,
-        seed=seed,
-        num_workers=workers,
-    )
-    check_folder("--output", output)
-    if (output / "config.json").exists() and not (resume or overwrite):
-        raise InputError(
-            f"--output {output} already holds a run; --resume it, --overwrite it or name another folder"
-        )
-    backbone = open_backbone(model, checkpoint, pretrained, model_kwarg, device, seed, weight_dtype)
-    train_images = open_images(data, split, backbone, layout, recipe, strict, train=True)
-    val_images = (
-        open_images(data, val_split, backbone, layout, recipe, strict, train=False) if validate else None
-    )
-
-    given = None if prompts is None else spt_fast.Prototypes.load(prompts)
-
-    def prompted(start: spt_fast.Prototypes | torch.Tensor) -> spt_fast.PromptedViT:
-        torch.manual_seed(seed)
-        return spt_fast.PromptedViT(
-            backbone,
-            start,
-            num_classes=len(train_images.classes),
-            pool=None if pool == "timm" else pool,
-            train_prompts=not freeze_prompts,
-            prompt_dropout=prompt_dropout,
-            checkpoint_blocks=checkpoint_blocks,
-        )
-
-    def build() -> spt_fast.Prototypes:
-        images = open_images(data, split, backbone, layout, recipe, strict, train=False)
-        built, _ = build_from(
-            backbone,
-            images,
-            **{**wanted_start, "num_prompts": [num_prompts]},
-            seed=seed,
-            batch_size=batch_size,
-            workers=workers,
-            checkpoint=output / "prompts.partial",
-            resume=resume,
-        )
-        return built[num_prompts]
-
-    # Options that do not go together are found here, not after the prototypes have been built.
-    prompted(given or torch.zeros(1, 1, backbone.embed_dim))
-    with _resumable(output / "prompts.partial", output / "prompts.safetensors"):
-        start = start_of_run(output, given, {**wanted_start, "seed": seed}, build, resume=resume)
-        warn_of_other_backbone(start, backbone)
-        chosen_recipe = train_images.recipe if recipe == "auto" else recipe
-        with progress_bar(status) as progress:
-            trained = spt_fast.train(
-                prompted(start),
-                train_images,
-                val_images,
-                output=output,
-                config=config,
-                resume=resume,
-                overwrite=overwrite,
-                metadata={
-                    "start": start.metadata,
-                    "images": {"recipe": chosen_recipe, **image_settings(backbone)},
-                },
-                progress=progress,
-            )
-    report_skipped("training", trained.skipped)
-    result = {
-        "output": str(output),
-        "best_accuracy": trained.best_accuracy,
-        "best_epoch": trained.best_epoch,
-        "final_accuracy": trained.metrics[-1]["val_accuracy"],
-        "final_train_loss": trained.metrics[-1]["train_loss"],
-        "train_seconds": trained.train_seconds,
-        "skipped": trained.skipped,
-    }
-    show(result, as_json)
+    "--output runs/birds`, or with the values of a recipe "
+    "`spt-fast train --recipe cub200-mae-vitb --data birds/ --output runs/birds`"
+)(train)
+app.command(
+    epilog="Example: `spt-fast sweep --model vit_base_patch16_224 --checkpoint mae.pth --pool avg --data birds/ "
+    "--output runs/birds --lr 0.01 --lr 0.03 --seed 0 --seed 1`"
+)(sweep)
+app.command(
+    epilog="Example: `spt-fast vtab --recipe mae-vitb --data vtab-1k/ --output runs/vtab`",
+)(vtab)
+app.command(epilog="Example: `spt-fast recipes cub200-mae-vitb`")(recipes)
 
 
 @app.command(
@@ -404,7 +269,7 @@ def evaluate_adapter(
     checkpoint: MovedCheckpointOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
     device: DeviceOption = "auto",
-    workers: WorkersOption = 0,
+    workers: WorkersOption = None,
     strict: StrictOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -544,24 +409,6 @@ def _task_logits(
         with torch.no_grad():
             logits = model(torch.stack(views).to(device), [task for _, task in asked])
         yield from ((path, task, row) for (path, task), row in zip(asked, logits, strict=True))
-
-
-def _was_given(context: typer.Context, option: str) -> bool:
-    source = context.get_parameter_source(option)
-    return source is not None and source.name == "COMMANDLINE"
-
-
-@contextmanager
-def _resumable(*kept: Path) -> Iterator[None]:
-    """Say on Ctrl-C how to go on, if anything of ``kept`` is there to go on from."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if any(path.exists() for path in kept):
-            status.print("interrupted; the same command with --resume goes on from here")
-        else:
-            status.print("interrupted")
-        raise  # which typer makes exit code 130
 
 
 def _few(names: list[str]) -> str:

@@ -16,15 +16,16 @@ from timm.models.vision_transformer import VisionTransformer
 from spt_fast.adapters import Adapter
 from spt_fast.backbones import backbone_identity, image_settings, load_backbone
 from spt_fast.building import Method, build_prototypes
-from spt_fast.cli.options import Layout, Recipe
-from spt_fast.cli.printing import report_skipped, status, warn
-from spt_fast.data import ImageDataset, load_dataset, make_loader, make_transform
+from spt_fast.cli.options import Layout
+from spt_fast.cli.printing import report_skipped, warn
+from spt_fast.data import ImageDataset, cache_images, load_dataset, make_loader, make_transform
 from spt_fast.devices import choose_device
 from spt_fast.distributed import gathered_numbers, process_group
 from spt_fast.errors import InputError
+from spt_fast.feeding import workers_for
 from spt_fast.low_precision import WeightDtype, check_weight_dtype
 from spt_fast.multi_task_vit import MultiTaskViT
-from spt_fast.progress import progress_bar
+from spt_fast.progress import Progress
 from spt_fast.prompted_vit import PromptedViT
 from spt_fast.prototypes import Prototypes
 from spt_fast.token_store import Budget
@@ -84,14 +85,21 @@ def open_images(
     split: str,
     backbone: VisionTransformer,
     layout: Layout,
-    recipe: Recipe,
+    recipe: str,
     strict: bool,
     *,
     train: bool,
+    image_cache: Path | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
 ) -> ImageDataset:
+    """One split behind its transform; decoded into ``image_cache`` if there is one."""
     images = load_dataset(data, split, layout=layout, strict=strict)
     chosen = images.recipe if recipe == "auto" else recipe
-    return images.with_transform(make_transform(chosen, train=train, **image_settings(backbone)))
+    images = images.with_transform(make_transform(chosen, train=train, **image_settings(backbone)))
+    if image_cache is None:
+        return images
+    return cache_images(images, image_cache, num_workers=workers_for(images, 32, workers), progress=progress)
 
 
 def build_from(
@@ -101,14 +109,13 @@ def build_from(
     method: Method,
     seed: int,
     batch_size: int,
-    workers: int,
+    workers: int | None,
+    progress: Progress,
     **arguments: Any,
 ) -> tuple[dict[int, Prototypes], int]:
     """Prototypes of ``images`` by number of prompts, and how many files could not be read."""
-    with (
-        process_group(next(backbone.parameters()).device) as (rank, world_size),
-        progress_bar(status) as progress,
-    ):
+    device = next(backbone.parameters()).device
+    with process_group(device) as (rank, world_size):
         shared = world_size > 1 and method in ("kmeans", "minibatch_kmeans")
         loader = make_loader(
             images,
@@ -118,7 +125,8 @@ def build_from(
             seed=seed,
             rank=rank if shared else 0,
             world_size=world_size if shared else 1,
-            num_workers=workers,
+            num_workers=workers_for(images, batch_size * (world_size if shared else 1), workers),
+            pin_memory=device.type == "cuda",
         )
         built = build_prototypes(backbone, loader, method=method, seed=seed, progress=progress, **arguments)
         skipped = int(gathered_numbers([len(loader.skipped)]).sum()) if shared else len(loader.skipped)

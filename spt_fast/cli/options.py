@@ -8,11 +8,13 @@ from typing import Annotated, Literal
 import typer
 
 from spt_fast.building import Depth, Layers, Method
+from spt_fast.cli.chosen_recipe import apply_recipe
 from spt_fast.low_precision import WeightDtype
+from spt_fast.optimizer import LearningRateScale
 from spt_fast.tokens import Capture
+from spt_fast.training_config import Dtype
 
-Layout = Literal["auto", "vtab", "fgvc", "folder", "digits"]
-Recipe = Literal["auto", "fgvc", "vtab"]
+Layout = Literal["auto", "vtab", "fgvc", "webdataset", "folder", "digits"]
 Split = Literal["train", "val", "trainval", "test"]
 PoolChoice = Literal["timm", "token", "avg", "avg_with_prompts"]
 
@@ -38,15 +40,26 @@ WeightDtypeOption = Annotated[
 DataOption = Annotated[str, typer.Option(help="Folder of images, or the word digits.")]
 LayoutOption = Annotated[Layout, typer.Option(help="How the folder is laid out.")]
 RecipeOption = Annotated[
-    Recipe,
+    str,
     typer.Option(
-        help="fgvc: random crops and flips; vtab: plain resize; auto: what the layout is used with."
+        help="A recipe (`spt-fast recipes` lists them) or a yaml file of yours, whose values become the defaults here. "
+        "Or the transform alone: fgvc: random crops and flips; vtab: plain resize; auto: what the layout is used with.",
+        metavar="NAME",
+        callback=apply_recipe,
+        is_eager=True,
     ),
 ]
 StrictOption = Annotated[
     bool, typer.Option("--strict", help="Stop at an unreadable image instead of skipping it.")
 ]
-WorkersOption = Annotated[int, typer.Option("--workers", min=0, help="Processes that decode images.")]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option("--workers", min=0, help="Processes that decode images; as many as help if not given."),
+]
+ImageCacheOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder for decoded images: decode once, read there in later epochs and runs."),
+]
 
 # The prototypes.
 NumPromptsOption = Annotated[int, typer.Option(help="Prompt tokens per block (paper: 20 deep, 100 shallow).")]
@@ -76,6 +89,30 @@ TokenCacheOption = Annotated[
 ]
 CheckpointMinutesOption = Annotated[
     float, typer.Option(min=0, help="Minutes between two saves of the unfinished work.")
+]
+
+# The model and its training.
+PoolOption = Annotated[
+    PoolChoice, typer.Option(help="What the head sees; timm: the model's own pooling. MAE is used with avg.")
+]
+FreezePromptsOption = Annotated[
+    bool, typer.Option("--freeze-prompts", help="Train the head alone (Table 4a).")
+]
+PromptDropoutOption = Annotated[float, typer.Option(help="Dropout on prompts.")]
+CheckpointBlocksOption = Annotated[
+    bool, typer.Option("--checkpoint-blocks", help="Less memory, for a second forward pass.")
+]
+EpochsOption = Annotated[int, typer.Option(help="Passes over the training images.")]
+WarmupEpochsOption = Annotated[
+    int | None, typer.Option(help="Linear warm-up; a tenth of the epochs if not given.")
+]
+LrScaleOption = Annotated[
+    LearningRateScale,
+    typer.Option(help="rms: scale each block's prompt rate by the size of its start; none: the paper."),
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="Of the frozen weights and activations.")]
+CompileOption = Annotated[
+    bool, typer.Option("--compile", help="Run steps through torch.compile and, on a GPU, as a CUDA graph.")
 ]
 
 # A trained adapter.

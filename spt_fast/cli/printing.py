@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
@@ -26,7 +29,7 @@ def show(result: dict[str, Any], as_json: bool) -> None:
     table = new_table("", "", show_header=False)
     for name, value in result.items():
         if value is not None and not isinstance(value, list):
-            is_share = name.endswith("accuracy")
+            is_share = name.endswith("accuracy") or name == "data_wait"
             shown = f"{value:.2%}" if is_share else f"{value:.4g}" if isinstance(value, float) else str(value)
             table.add_row(name.replace("_", " "), Text(shown))
     out.print(table)
@@ -57,6 +60,19 @@ def report_skipped(stage: str, count: int) -> None:
     if count:
         images = "an unreadable image" if count == 1 else f"{count} unreadable images"
         warn(f"{stage} skipped {images}; --strict stops at the first and names it")
+
+
+@contextmanager
+def resumable(*kept: Path) -> Iterator[None]:
+    """Say on Ctrl-C how to go on, if anything of ``kept`` is there to go on from."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if any(path.exists() for path in kept):
+            status.print("interrupted; the same command with --resume goes on from here")
+        else:
+            status.print("interrupted")
+        raise  # which typer makes exit code 130
 
 
 def fail(sentence: str) -> NoReturn:
