@@ -135,6 +135,7 @@ TEST = [
     "pytest>=8",
     "pytest-benchmark>=5",
     "pytest-xdist>=3.6",
+    "webdataset>=1.0",
     "hypothesis>=6.100",
     "setuptools>=70.1",
 ]

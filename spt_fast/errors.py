@@ -26,5 +26,9 @@ class UnsupportedModelError(InputError):
     """A model that cannot be prompted, or a backend that cannot run here; the message says why."""
 
 
+class DivergedError(InputError):
+    """Training went wrong for good: its loss is no longer finite."""
+
+
 class AdapterMismatchError(InputError):
     """An adapter was trained on a different backbone; the message names the difference."""

@@ -31,7 +31,7 @@ from spt_fast.backbones import backbone_identity, source_of
 from spt_fast.building import build_prototypes
 from spt_fast.data import ImageDataset, make_loader
 from spt_fast.distributed import from_rank_0, gathered_numbers, process_group, world
-from spt_fast.errors import InputError
+from spt_fast.errors import DivergedError, InputError
 from spt_fast.evaluation import evaluate
 from spt_fast.feeding import workers_for
 from spt_fast.files import write_text
@@ -299,9 +299,7 @@ class _Search:
         run, state = self.folder.trial(point, seed), self.outcomes[point.name, seed]["state"]
         try:
             self._train(run, state, point, seed, prototypes, "train", "val", stage)
-        except InputError as error:
-            if "no longer finite" not in str(error):
-                raise
+        except DivergedError as error:
             if world()[0] == 0:
                 write_text(run / "failed.json", json.dumps({"failure": str(error)}) + "\n")
         return from_rank_0(lambda: self.folder.look(run, point, seed))

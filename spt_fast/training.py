@@ -56,7 +56,8 @@ def train(
 
     Raises:
         InputError: ``output`` already holds a run (and neither ``resume`` nor ``overwrite``) or one with another
-            configuration, data of more classes than the head, or a loss that is no longer finite.
+            configuration, or data of more classes than the head.
+        DivergedError: the loss is no longer finite.
     """
     config = config or TrainingConfig()
     output = Path(output)

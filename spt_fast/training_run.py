@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from spt_fast.adapters import save_adapter
 from spt_fast.backbones import backbone_identity, source_of
-from spt_fast.data import ImageDataset
-from spt_fast.data.loader import batches_per_epoch
+from spt_fast.data import ImageDataset, batches_per_epoch
 from spt_fast.distributed import world
-from spt_fast.errors import InputError
+from spt_fast.errors import DivergedError, InputError
 from spt_fast.evaluation import evaluate_feed
 from spt_fast.feeding import ImageFeed
 from spt_fast.optimizer import PromptAdamW, cosine_schedule
@@ -188,7 +187,7 @@ class TrainingRun:
         if not count:
             raise InputError("no training image could be read")
         if not loss < float("inf"):
-            raise InputError(
+            raise DivergedError(
                 f"the training loss is no longer finite in epoch {self.epoch + 1}; "
                 f"lower learning_rate={self.config.learning_rate}"
             )

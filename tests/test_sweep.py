@@ -21,7 +21,7 @@ from command_line import TINY, check_refused, make_photos
 from command_line import run as run_command
 from PIL import Image
 from safetensors.torch import load_file
-from search_cases import PHOTOS, run_search
+from search_cases import PHOTOS
 from sklearn.model_selection import ParameterSampler
 from tiny import tiny_backbone
 from training_cases import Interruption, child_environment, interrupt_after, read_csv
@@ -579,9 +579,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return train(*positional, **keywords)
 
     monkeypatch.setattr(spt_fast.sweep, "train", interrupted)
-    done = run_search(*arguments)
+    done = run_command(*arguments)
     assert done.code == 130 and "the same command goes on" in done.err and not done.out
-    done = run_search(*arguments, "--json")
+    done = run_command(*arguments, "--json")
     assert done.code == 0, done.err
     assert len(calls) == 4 + 5 + 2  # the one that was interrupted again, the others, and the best
     assert done.json["output"] == str(output)
@@ -600,13 +600,13 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert judged.code == 0, judged.err
     assert judged.json["accuracy"] == done.json["test_accuracies"][0]
 
-    shown = run_search(*arguments)
+    shown = run_command(*arguments)
     assert (
         shown.code == 0 and "best" in shown.out and "test accuracy" in shown.out and str(adapter) in shown.out
     )
     assert len(calls) == 11
-    check_refused(run_search(*arguments, "--method", "uniform"), "start.method='kmeans'", "'uniform'")
-    more = run_search(*arguments, "--lr", 0.1, "--trials", 1, "--json")
+    check_refused(run_command(*arguments, "--method", "uniform"), "start.method='kmeans'", "'uniform'")
+    more = run_command(*arguments, "--lr", 0.1, "--trials", 1, "--json")
     assert more.code == 0 and len(more.json["points"]) in (4, 5), more.err
 
 
@@ -625,5 +625,5 @@ def test_what_the_command_refuses(
     photos = make_photos(tmp_path / "photos", {"train": 2, "val": 1, "test": 1})
     monkeypatch.chdir(tmp_path)
     Path("FILE").write_text("this is no folder")
-    check_refused(run_search("sweep", *TINY, *PHOTOS, "--data", photos, "--output", "run", *options), *words)
+    check_refused(run_command("sweep", *TINY, *PHOTOS, "--data", photos, "--output", "run", *options), *words)
     assert not os.path.exists("run/sweep.json")

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command_line import TINY, check_refused
+from command_line import TINY, check_refused, run
 from PIL import Image
-from search_cases import PHOTOS, run_search
+from search_cases import PHOTOS
 from tiny import tiny_backbone
 from training_cases import read_csv
 
@@ -162,13 +162,11 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed, name in enumerate(("dtd", "eurosat")):
         make_task(root / name, seed)
     arguments = ["vtab", *TINY, *PHOTOS, "--data", root, "--num-prompts", 2, "--batch-size", 4]
-    check_refused(
-        run_search(*arguments, "--output", output), "lacks 17 of 19 folders", "caltech101", "sun397"
-    )
+    check_refused(run(*arguments, "--output", output), "lacks 17 of 19 folders", "caltech101", "sun397")
     assert not output.exists()
     sweeping = [*arguments, *BOTH, "--lr", 0.001, "--lr", 0.05, "--seed", 0, "--seed", 1]
 
-    expected = run_search(*sweeping, "--output", tmp_path / "straight", "--json")
+    expected = run(*sweeping, "--output", tmp_path / "straight", "--json")
     assert expected.code == 0, expected.err
     assert [row["task"] for row in expected.json["tasks"]] == ["dtd", "eurosat"]
     assert all(len(row["test_accuracies"]) == 2 for row in expected.json["tasks"])
@@ -183,17 +181,17 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return train(*positional, **keywords)
 
     monkeypatch.setattr(spt_fast.sweep, "train", interrupted)
-    done = run_search(*sweeping, "--output", output)
+    done = run(*sweeping, "--output", output)
     assert done.code == 130 and "the same command goes on" in done.err
     assert [row["task"] for row in read_csv(output / "vtab.csv")] == ["dtd"]
-    done = run_search(*sweeping, "--output", output, "--json")
+    done = run(*sweeping, "--output", output, "--json")
     assert done.code == 0, done.err
     assert len(calls) == 8 + 5
     assert {**done.json, "output": ""} == {**expected.json, "output": ""}
     assert json.loads((output / "vtab.json").read_text()) == {
         key: value for key, value in done.json.items() if key != "output"
     }
-    shown = run_search(*sweeping, "--output", output)
+    shown = run(*sweeping, "--output", output)
     assert shown.code == 0 and "EuroSAT" in shown.out and "±" in shown.out and len(calls) == 13
 
 
@@ -222,7 +220,7 @@ def test_fixed_parameters_are_trained_on_all_thousand_images(
         "--lr",
         0.02,
     ]
-    done = run_search(*arguments, "--output", tmp_path / "out", "--json")
+    done = run(*arguments, "--output", tmp_path / "out", "--json")
     assert done.code == 0, done.err
     assert [(name, config.learning_rate) for name, config in seen] == [("dtd/trainval", 0.02)]
     (row,) = done.json["tasks"]

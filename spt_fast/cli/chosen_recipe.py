@@ -33,12 +33,6 @@ def apply_recipe(context: Any, value: str) -> str:
         name: recipe.search.get(name, [value]) if name in several else value for name, value in values.items()
     }
     context.obj = recipe
-    searched = [name for name in recipe.search if name not in several and name in values]
-    if searched and any(parameter.name == "learning_rate" for parameter in context.command.params):
-        names = ", ".join(searched)
-        warn(
-            f"{recipe.name} leaves {names} to a search (spt-fast sweep); this run takes its first try, or what is typed"
-        )
     return str(recipe.options["transform"])
 
 
@@ -79,6 +73,16 @@ def weights_for(context: Any, checkpoint: str | None, pretrained: bool) -> tuple
         fetch_weights(recipe, progress=True)
     gathered_numbers([0])  # the others wait
     return str(fetch_weights(recipe)), False
+
+
+def warn_of_untried(context: Any) -> None:
+    """Say which values of this run are only the first try of a recipe that wants them to be searched."""
+    recipe = chosen(context)
+    untried = [name for name in recipe.search if not was_given(context, name)] if recipe is not None else []
+    if recipe is not None and untried:
+        warn(
+            f"{recipe.name} leaves {', '.join(untried)} to a search (spt-fast sweep): this run takes a first try"
+        )
 
 
 def warn_of_counts(facts: DatasetFacts, data: str, layout: str, *opened: ImageDataset) -> None:

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import spt_fast
 from spt_fast.backbones import image_settings
-from spt_fast.cli.chosen_recipe import chosen, warn_of_counts, was_given, weights_for
+from spt_fast.cli.chosen_recipe import chosen, warn_of_counts, warn_of_untried, was_given, weights_for
 from spt_fast.cli.inputs import (
     build_from,
     check_folder,
@@ -164,6 +164,7 @@ def train(
     check_folder("--output", output)
     if image_cache is not None:
         check_folder("--image-cache", image_cache)
+    warn_of_untried(context)
     if (output / "config.json").exists() and not (resume or overwrite):
         raise InputError(
             f"--output {output} already holds a run; --resume it, --overwrite it or name another folder"

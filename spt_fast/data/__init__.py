@@ -12,7 +12,7 @@ from .cache import CachedImages, cache_images
 from .dataset import ImageDataset
 from .images import read_image
 from .layouts import LAYOUTS, SPLITS, load_dataset
-from .loader import ImageLoader, make_loader
+from .loader import ImageLoader, batches_per_epoch, make_loader
 from .transforms import RECIPES, ImageTransform, make_transform
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "ImageDataset",
     "ImageLoader",
     "ImageTransform",
+    "batches_per_epoch",
     "cache_images",
     "load_dataset",
     "make_loader",

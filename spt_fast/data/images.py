@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -37,17 +38,20 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     path = Path(path)
     if not path.exists():
         raise MissingFileError(f"image file {path} does not exist")
+    return decode_image(path, str(path))
+
+
+def decode_image(source: Path | BinaryIO, name: str) -> Image.Image:
+    """Decode all of a file to RGB; ``name`` is what an :class:`InputError` calls it if that fails."""
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             if 0 in image.size:
                 raise ValueError("it has no pixels")
             return to_rgb(image)
     except MemoryError:
         raise
-    except (
-        Exception
-    ) as error:  # a damaged file makes decoders raise nearly anything: OSError, SyntaxError, IndexError
-        raise InputError(f"{path} cannot be read as an image: {error}") from error
+    except Exception as error:  # damaged content makes decoders raise nearly anything
+        raise InputError(f"{name} cannot be read as an image: {error}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

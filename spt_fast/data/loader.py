@@ -206,8 +206,8 @@ def make_loader(
         with nothing readable has ``B = 0``.
 
     Raises:
-        InputError: an argument out of range, a data set without transform, fewer shards than shares, or
-            ``drop_last`` that leaves no batch.
+        InputError: an argument out of range, a data set without transform, fewer shards than shares with shuffling,
+            or ``drop_last`` that leaves no batch.
 
     Example:
         >>> from spt_fast.data import load_dataset, make_transform
@@ -234,7 +234,11 @@ def make_loader(
             f"dataset {dataset.name} has no transform to make its images equal in size, "
             "expected one such as dataset.with_transform(make_transform(...))"
         )
-    _check_shards(dataset, world_size)
+    shards = dataset.shards
+    if shuffle:
+        _check_shards(dataset, world_size)
+    elif shards is not None and len(shards) < world_size:
+        shards = None  # what is looked at once may be shared out image by image
 
     batches = EpochBatches(
         len(dataset),
@@ -245,7 +249,7 @@ def make_loader(
         rank=rank,
         world_size=world_size,
         drop_last=drop_last,
-        shards=dataset.shards,
+        shards=shards,
     )
     if drop_last and not batches:
         raise InputError(

@@ -10,7 +10,7 @@ from PIL import Image
 
 from spt_fast.errors import InputError, MissingFileError
 
-from .images import to_rgb
+from .images import decode_image
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +85,4 @@ class TarMember:
             MissingFileError: there is no such tar file.
             InputError: it cannot be read, or the content is no whole image.
         """
-        content = self.read_bytes()
-        try:
-            with Image.open(io.BytesIO(content)) as image:
-                if 0 in image.size:
-                    raise ValueError("it has no pixels")
-                return to_rgb(image)
-        except MemoryError:
-            raise
-        except Exception as error:  # decoders raise nearly anything for damaged content
-            raise InputError(f"{self.path}: {self.name!r} cannot be read as an image: {error}") from error
+        return decode_image(io.BytesIO(self.read_bytes()), f"{self.path}: {self.name!r}")
