@@ -87,6 +87,8 @@ def train(
             "world_size": world_size,
         }
 
+        if config.compile and progress is not None:
+            progress("compiling the first step", 0, None)
         while run.epoch < config.epochs:
             model.train()
             waited = feed.waited

@@ -28,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import spt_fast
+from spt_fast.files import LEFTOVER_PREFIX
 from spt_fast.prototypes_checkpoint import Checkpoint
 from spt_fast.training_config import TrainingConfig
 
@@ -118,9 +119,7 @@ def test_prototypes_go_on_after_kill(
     assert run(*arguments, straight).code == 0
     check_equal(load_file(output), load_file(straight))
     # Whoever is killed in the middle of a save leaves the half of a hidden file (ours, or one that safetensors writes).
-    left = {
-        path.name for path in tmp_path.iterdir() if not path.name.startswith((f".{output.name}-", ".tmp"))
-    }
+    left = {path.name for path in tmp_path.iterdir() if not path.name.startswith((LEFTOVER_PREFIX, ".tmp"))}
     assert left == {"many", output.name, straight.name}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from command_line import run as spt_fast
 from PIL import Image
 
 from benchmarks.readme import measured_section, with_measured
@@ -35,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder with the photos the README speaks of: cats are reddish, dogs bluish."""
     root = tmp_path_factory.mktemp("readme")
     generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", 8), ("val", 3)):
+    for split, count in (("train", 8), ("val", 3), ("test", 3)):
         for name, tint in (("cat", (90, 0, 0)), ("dog", (0, 0, 90))):
             (root / "photos" / split / name).mkdir(parents=True)
             for index in range(count):
@@ -59,13 +60,14 @@ def test_make_targets_exist() -> None:
         assert done.returncode == 0, done.stderr
 
 
-def test_spt_fast_commands_run_in_order(folder: Path) -> None:
+def test_spt_fast_commands_run_in_order(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
     ours = [command[1:] for command in commands() if command[0] == "spt-fast"]
     assert {"prototypes", "train", "eval", "predict", "info"} <= {arguments[0] for arguments in ours}
     for arguments in ours:
-        done = run([sys.executable, "-m", "spt_fast.cli", *arguments], folder)
-        assert done.returncode == 0, f"spt-fast {shlex.join(arguments)}\n{done.stderr}"
-        assert "Traceback" not in done.stderr
+        done = spt_fast(*arguments)
+        assert done.code == 0, f"spt-fast {shlex.join(arguments)}\n{done.err}"
+        assert "Traceback" not in done.err
 
 
 def test_benchmark_commands_are_understood() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -114,15 +116,20 @@ from tiny import squares, tiny_backbone, tiny_model
 from training_cases import CONFIG
 from spt_fast import train
 from torch._dynamo.utils import counters
-model = tiny_model(backbone=tiny_backbone(depth=1), deep=False)
-config = replace(CONFIG, epochs=1, batch_size=4, compile=True)
-train(model, squares(8), output=Path(sys.argv[1]), config=config)
+models = []
+for compile in (False, True):
+    models.append(tiny_model(backbone=tiny_backbone(depth=1), deep=False))
+    config = replace(CONFIG, epochs=1, batch_size=4, compile=compile)
+    train(models[-1], squares(8), output=Path(sys.argv[1]) / str(compile), config=config)
+    for eager, compiled in zip(models[0].parameters(), models[-1].parameters(), strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4)
 hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
 print(hits, counters["inductor"]["fxgraph_cache_miss"])
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
 def test_compiled_code_is_kept_for_the_next_run(tmp_path: Path) -> None:
     environment = child_environment() | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
     counts = []
