@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from spt_fast._version import __version__
 from spt_fast.backbones import backbone_identity, load_backbone, source_of
 from spt_fast.errors import AdapterMismatchError, InputError
-from spt_fast.files import atomic_path
 from spt_fast.prompted_vit import PromptedViT
-from spt_fast.prototypes import read_tensors
+from spt_fast.tensor_files import read_tensors, write_tensors
 
 FORMAT = "spt_fast.adapter.1"
 
@@ -144,8 +141,7 @@ def save_adapter(
     }
     tensors = {"prompts": model.prompts, "head.weight": model.head.weight, "head.bias": model.head.bias}
     kept = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic_path(path) as temporary:
-        save_file(kept, temporary, {"format": FORMAT, "json": json.dumps(config)})
+    write_tensors(path, FORMAT, kept, config)
 
 
 def load_adapter(path: str | os.PathLike[str], backbone: VisionTransformer | None = None) -> PromptedViT:

@@ -41,9 +41,15 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     os.close(descriptor)
     temporary = Path(name)
     try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
+        try:
+            yield temporary
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+        except OSError as error:
+            # Of a file that is gone in a moment only the other name tells anything; a full disk names none.
+            if error.errno is not None and error.filename in (None, str(temporary)):
+                raise OSError(error.errno, error.strerror, str(path)) from error
+            raise
         # mkstemp makes private files; give the result the permissions an ordinary open() would have given it.
         umask = os.umask(0)
         os.umask(umask)

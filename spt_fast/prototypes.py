@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from spt_fast.errors import CheckpointError, InputError, MissingFileError
-from spt_fast.files import atomic_path, write_text
+from spt_fast.errors import InputError
+from spt_fast.files import write_text
+from spt_fast.tensor_files import read_tensors, write_tensors
 
 FORMAT = "spt_fast.prototypes.1"
 
@@ -52,8 +50,7 @@ class Prototypes:
         kept = {
             name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if tensor is not None
         }
-        with atomic_path(path) as temporary:
-            save_file(kept, temporary, {"format": FORMAT, "json": json.dumps(self.metadata)})
+        write_tensors(path, FORMAT, kept, self.metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Prototypes:
@@ -87,33 +84,3 @@ class Prototypes:
         if len(self.values) > 1:
             exported["deep_prompt_embeddings"] = self.values[1:].clone()
         return exported
-
-
-def read_tensors(
-    path: str | os.PathLike[str], wanted: str, what: str
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and json record of one of this package's safetensors files.
-
-    Args:
-        path: the file.
-        wanted: the format name that must stand in it.
-        what: how to name such a file in an error.
-
-    Raises:
-        MissingFileError: no such file.
-        CheckpointError: not such a file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise MissingFileError(f"{path} does not exist or is not a file; expected {what}")
-    try:
-        with safe_open(path, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not {what}: {error}") from error
-    if metadata.get("format") != wanted:
-        raise CheckpointError(
-            f"{path} is not {what}: its format is {metadata.get('format')!r}, expected {wanted!r}"
-        )
-    return tensors, json.loads(metadata["json"])

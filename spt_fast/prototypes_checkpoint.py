@@ -8,13 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from spt_fast.distributed import from_rank_0, world
 from spt_fast.errors import InputError
-from spt_fast.files import atomic_path
-from spt_fast.prototypes import read_tensors
+from spt_fast.tensor_files import read_tensors, write_tensors
 
 FORMAT = "spt_fast.prototypes_checkpoint.2"
 
@@ -71,8 +69,7 @@ class Checkpoint:
                 for key, tensor in state.items()
             }
             record = {"job": self._job, "batches": self.batches, "images": self.images}
-            with atomic_path(self._path) as temporary:
-                save_file(tensors, temporary, {"format": FORMAT, "json": json.dumps(record)})
+            write_tensors(self._path, FORMAT, tensors, record)
         self._last_save = time.monotonic()
 
     def remove(self) -> None:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import learned, tiny_backbone, tiny_model
 
-import spt_fast.adapters
+import spt_fast.tensor_files
 from spt_fast import Adapter, PromptedViT, Prototypes, __version__, load_adapter, load_backbone, save_adapter
 from spt_fast.errors import AdapterMismatchError, CheckpointError, InputError, MissingFileError
 
@@ -259,7 +259,7 @@ def test_interrupted_save_leaves_the_old_adapter(
         Path(path).write_bytes(before[: len(before) // 2])
         raise error
 
-    monkeypatch.setattr(spt_fast.adapters, "save_file", half)
+    monkeypatch.setattr(spt_fast.tensor_files, "save_file", half)
     with pytest.raises(error):
         save_adapter(file, tiny_model(seed=1))
     assert file.read_bytes() == before

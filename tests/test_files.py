@@ -1,5 +1,6 @@
 """atomic_path: the whole new file or the untouched old one, never anything between."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -92,3 +93,20 @@ def test_takes_strings_and_files_without_suffix(tmp_path: Path) -> None:
 def test_write_text_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
     write_text(tmp_path / "data.txt", "μ ± σ, naïve, 猫\n")
     assert (tmp_path / "data.txt").read_bytes() == "μ ± σ, naïve, 猫\n".encode()
+
+
+def test_an_error_of_the_disk_names_the_file_that_was_to_be(tmp_path: Path) -> None:
+    """A write that fails names no file, or the temporary one, which is gone before anybody can look."""
+    target = tmp_path / "data.bin"
+    for arguments in ((), (None,)):
+        with pytest.raises(OSError, match="No space left") as caught, atomic_path(target) as temporary:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *arguments)
+        assert caught.value.filename == str(target)
+    with pytest.raises(FileNotFoundError) as missing, atomic_path(target) as temporary:
+        temporary.unlink()
+        temporary.read_bytes()
+    assert missing.value.filename == str(target)
+    with pytest.raises(FileNotFoundError) as other, atomic_path(target):
+        (tmp_path / "nowhere").read_bytes()
+    assert other.value.filename == str(tmp_path / "nowhere")
+    assert os.listdir(tmp_path) == []

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from tiny import batches
 
-import spt_fast.prototypes
+import spt_fast.tensor_files
 from spt_fast import Prototypes, build_prototypes
 from spt_fast.errors import CheckpointError, InputError, MissingFileError
 
@@ -91,14 +91,14 @@ def test_an_interrupted_save_leaves_the_old_file_or_none(tmp_path, monkeypatch, 
 
     save = Prototypes(torch.ones(1, 2, 3)).save
     with monkeypatch.context() as patch:
-        patch.setattr(spt_fast.prototypes, "save_file", half_a_file)
+        patch.setattr(spt_fast.tensor_files, "save_file", half_a_file)
         with pytest.raises((KeyboardInterrupt, OSError)):
             save(path)
     assert list(tmp_path.iterdir()) == []
     save(path)
     whole = path.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(spt_fast.prototypes, "save_file", half_a_file)
+        patch.setattr(spt_fast.tensor_files, "save_file", half_a_file)
         with pytest.raises((KeyboardInterrupt, OSError)):
             save(path)
     assert path.read_bytes() == whole and len(list(tmp_path.iterdir())) == 1
