@@ -617,13 +617,15 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--seed", 1, "--seed", 1], ["seeds must be different"]),
         (["--data", "nowhere"], ["nowhere", "does not exist"]),
         (["--image-cache", "FILE"], ["--image-cache: FILE is a file"]),
+        (["--data", "untested"], ["split 'test' is not in untested"]),
     ],
 )
 def test_what_the_command_refuses(
     options: list[Any], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photos = make_photos(tmp_path / "photos", {"train": 2, "val": 1, "test": 1})
+    make_photos(tmp_path / "untested", {"train": 2, "val": 1})
     monkeypatch.chdir(tmp_path)
     Path("FILE").write_text("this is no folder")
     check_refused(run_command("sweep", *TINY, *PHOTOS, "--data", photos, "--output", "run", *options), *words)
-    assert not os.path.exists("run/sweep.json")
+    assert not os.path.exists("run")

@@ -186,7 +186,9 @@ def sweep(
     """Try hyper-parameters, choose the best on val, train it on train + val and score it once on test."""
     asked = SimpleNamespace(**locals())
     arguments = _library_arguments(asked)
-    transform = load_dataset(data, "trainval", layout=layout).recipe if recipe == "auto" else recipe
+    # What every search ends with must be there before anything is decoded.
+    trainval, _ = (load_dataset(data, split, layout=layout) for split in ("trainval", "test"))
+    transform = trainval.recipe if recipe == "auto" else recipe
     with process_group(choose_device(device)), _as_far_as_it_got(), progress_bar(status) as progress:
         backbone = _backbone(context, asked)
         named = chosen(context)
