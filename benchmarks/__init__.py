@@ -11,6 +11,9 @@ BENCHMARKS = {
     "multi_task": "A batch of many tasks against one task alone and against a loop over tasks.",
     "low_precision": "What 8-bit frozen weights cost in accuracy and gain in time.",
     "data_path": "Images per second from JPEG files to normalised batches, against torchvision and Kornia.",
+    "end_to_end": "From JPEG files on disk to a trained adapter, and what images add to the steps of training.",
+    "large_model": "Memory and speed of a training step of ViT-H/14, with and without checkpoints.",
+    "imagenet_stream": "Prototypes from a stream as long as ImageNet's, beside its forward passes alone.",
     "compare_starts": "Which start of prompts ends where, over learning rates and seeds.",
 }
 # The commands around them.

@@ -3,11 +3,11 @@
     python -m benchmarks.imagenet_stream --device cuda                  # all 1,281,167 images, ten minutes or so
     python -m benchmarks.imagenet_stream --device cuda --minutes 2      # as many as fit, and what all would take
 
-Mini-batch k-means over the tokens of all blocks of a ViT-B/16 (3.0 G of them) through ``build_prototypes``. The same few
-batches of random images come again and again: what is streamed is as large as ImageNet, what lies on the device is not,
-and no disk is measured. Beside it stands the same stream with the forward pass alone: its share of the time is what
-clustering cannot get below. Before a time counts, the prototypes have to fit the tokens nearly as well as exact k-means
-of the batches that come again and again, which has the same tokens.
+Mini-batch k-means over the tokens of all blocks of a ViT-B/16, 3.0 G of them, through ``build_prototypes``. The same
+few batches of random images come again and again: what is streamed is as large as ImageNet, what lies on the device is
+not, and no disk is measured. Beside it stands the same stream with the forward passes alone: without them there are no
+tokens to cluster. Before a time counts, the prototypes have to fit the tokens nearly as well as exact k-means of these
+few batches, which are the same tokens.
 """
 
 from __future__ import annotations

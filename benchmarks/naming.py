@@ -16,15 +16,27 @@ BENCHMARKS = {
         "A training step",
         "One step of a ViT with deep prompts: forward pass, loss, backward pass, optimizer.",
     ),
+    "large_model": (
+        "A training step of a large model",
+        "The most memory that a step of a ViT with deep prompts holds, frozen weights included, and its time.",
+    ),
     "attention": (
         "Prompt attention",
         "The attention of a block alone: images over prompts and over themselves.",
     ),
     "multi_task": ("Many tasks, one batch", "The logits of a batch in which each image names its task."),
     "low_precision": ("8-bit frozen weights", "Training on a backbone whose frozen weights are smaller."),
+    "end_to_end": (
+        "From JPEG files to an adapter",
+        "Decoding, k-means prototypes, epochs of training, and the same steps without reading images.",
+    ),
     "prototypes": (
         "From images to prototypes",
         "Everything from the images to the prototypes of all blocks, the backbone's passes included.",
+    ),
+    "imagenet_stream": (
+        "Prototypes from ImageNet's worth of images",
+        "Mini-batch k-means of all blocks' tokens in one pass, and the backbone's forward passes alone.",
     ),
     "kmeans": ("K-means", "One Lloyd iteration over all tokens, and whole runs until they have converged."),
     "scaling": ("Scaling", "Mini-batch k-means over more and more tokens."),

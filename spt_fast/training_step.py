@@ -105,6 +105,7 @@ class TrainingStep:
             self.compile_seconds = time.perf_counter() - begun
 
     def _take(self, images: Tensor, labels: Tensor, valid: Tensor, targets: Tensor | None = None) -> None:
+        self._optimizer.zero_grad()  # of a step that was broken off, while it was being recorded for example
         loss, hits = self._loss(images, labels, valid, targets)
         loss.backward()
         gradients = [_gradient(parameter) for parameter in self._learned]
