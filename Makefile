@@ -23,10 +23,10 @@ ANY_PYTHON = $(firstword $(wildcard $(VENV)/bin/python) $(PYTHON))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv install demo test bench bench-baseline bench-gpu lint format clean
+.PHONY: help venv install demo test bench bench-baseline bench-gpu bench-gpu-scale lint format clean
 
 help:  ## list the targets
-	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
 
 venv: $(VENV_READY)  ## create .venv (PYTHON=python3.12 chooses the interpreter)
 
@@ -48,8 +48,11 @@ bench-baseline: $(BENCH_READY)  ## what `make bench` compares with from now on
 	@$(DEVELOPER_SUITE)
 	@$(IN_VENV) benchmarks.regressions $(CURRENT) --replace
 
-bench-gpu:  ## GPU tests and all benchmarks on a GPU, in 9 minutes; installs nothing, goes on when called again
+bench-gpu:  ## GPU tests and benchmarks on a GPU, in 9 minutes; installs nothing, goes on when called again
 	@PYTHONPATH=. $(ANY_PYTHON) -m benchmarks.suite --device cuda --resume --results $(RESULTS)
+
+bench-gpu-scale:  ## training at scale on a GPU, from JPEG files to adapters, in 6 minutes; installs nothing
+	@PYTHONPATH=. $(ANY_PYTHON) -m benchmarks.suite --device cuda --resume --at-scale --results $(RESULTS)
 
 lint: $(DEV_READY)  ## ruff (rules and format) and mypy
 	$(IN_VENV) ruff check .

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command_line import ROOT, environment, wait_for
 from typer.testing import CliRunner, Result
 
@@ -179,6 +180,16 @@ def test_a_state_that_is_none_is_refused(sections: Sections, tmp_path: Path, con
     assert done.exit_code == 1 and "suite.json does not say" in done.output and not ran
 
 
+def test_training_at_scale_is_measured_on_gpus_alone(tmp_path: Path) -> None:
+    done = invoke(tmp_path, "--at-scale")
+    assert done.exit_code == 1 and "--at-scale is measured on a GPU, not on cpu" in done.output
+    assert set(suite.chosen_sections(None, torch.device("cuda"), at_scale=True)) == {
+        "end_to_end",
+        "large_model",
+        "imagenet_stream",
+    }
+
+
 def test_an_unknown_section_is_refused(sections: Sections, tmp_path: Path) -> None:
     sections(first=(1.0, SUCCEEDS))
     done = invoke(tmp_path, "--section", "last")
@@ -207,9 +218,10 @@ def test_an_interruption_leaves_what_can_be_resumed(
 
 def test_the_real_sections_are_benchmarks_in_little_time(tmp_path: Path) -> None:
     assert set(suite.SECTIONS) - {"tests"} <= set(BENCHMARKS)
-    for device, most in (("cuda", 14.5), ("cpu", 9.0)):
-        shares = [each.minutes.get(device, 0.0) for each in suite.SECTIONS.values()]
-        assert sum(shares) == pytest.approx(most, abs=0.2) and sum(shares) < most + 1e-9
+    for device, at_scale, most in (("cuda", False, 8.9), ("cuda", True, 5.6), ("cpu", False, 8.9)):
+        sections = suite.chosen_sections(None, torch.device(device), at_scale)
+        shares = [each.minutes[device] for each in sections.values()]
+        assert sum(shares) == pytest.approx(most, abs=0.1)  # as the help of --minutes says
     on_gpu_alone = {name for name, each in suite.SECTIONS.items() if "cpu" not in each.minutes}
     assert on_gpu_alone == {"tests", "end_to_end", "large_model", "imagenet_stream"}
     assert next(iter(suite.SECTIONS)) == "tests"
