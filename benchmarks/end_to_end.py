@@ -300,7 +300,7 @@ def batches_of(setup: Setup, images: ImageDataset) -> Any:
         images,
         batch_size=setup.sizes.batch_size,
         shuffle=True,
-        num_workers=workers_for(images, setup.sizes.batch_size),
+        num_workers=workers_for(images, setup.sizes.batch_size, device=setup.device),
         pin_memory=setup.device.type == "cuda",
     )
 

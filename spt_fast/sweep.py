@@ -29,11 +29,11 @@ from torch import nn
 
 from spt_fast.backbones import backbone_identity, source_of
 from spt_fast.building import build_prototypes
-from spt_fast.data import ImageDataset, make_loader
-from spt_fast.distributed import from_rank_0, gathered_numbers, process_group, world
+from spt_fast.data import ImageDataset
+from spt_fast.distributed import from_rank_0, process_group, world
 from spt_fast.errors import DivergedError, InputError
 from spt_fast.evaluation import evaluate
-from spt_fast.feeding import workers_for
+from spt_fast.feeding import prototype_loader, skipped_by_all
 from spt_fast.files import write_text
 from spt_fast.progress import Progress
 from spt_fast.prompted_vit import PromptedViT
@@ -55,8 +55,6 @@ START = {
 MODEL = tuple(name for name in inspect.signature(PromptedViT).parameters if name not in _OWN)
 # What of both says how the work is done, and changes nothing in the result.
 TRACELESS_ARGUMENTS = ("token_budget", "token_cache", "checkpoint_minutes", "checkpoint_blocks")
-# The methods that processes share out between them; the others look at one batch.
-SHARED_METHODS = ("kmeans", "minibatch_kmeans")
 
 
 @dataclass(frozen=True)
@@ -443,18 +441,13 @@ class _Search:
         missing = [length for length in lengths if length not in prototypes]
         if missing:
             images = self.images(split, False)
-            rank, world_size = world()
-            shares = world_size if self.start["method"] in SHARED_METHODS else 1
-            loader = make_loader(
+            loader = prototype_loader(
                 images,
+                self.start["method"],
                 batch_size=self.prototype_batch_size,
-                # Shuffled, the methods that look at one batch see all classes in it; not so, every image is in one
-                # share.
-                shuffle=shares == 1,
                 seed=self.start["seed"],
-                rank=rank if shares > 1 else 0,
-                world_size=shares,
-                num_workers=workers_for(images, self.prototype_batch_size * shares, self.config.num_workers),
+                device=next(self.backbone.parameters()).device,
+                num_workers=self.config.num_workers,
             )
             built = build_prototypes(
                 self.backbone,
@@ -465,10 +458,10 @@ class _Search:
                 progress=self._progress(f"prototypes of {split}"),
                 **self.start,
             )
-            unreadable = gathered_numbers([len(loader.skipped)]).sum() if shares > 1 else len(loader.skipped)
+            unreadable = skipped_by_all(loader)
             for length, each in built.items():
-                each.metadata |= {"data": images.name, "skipped": int(unreadable), "built_with": missing}
-                if rank == 0:
+                each.metadata |= {"data": images.name, "skipped": unreadable, "built_with": missing}
+                if world()[0] == 0:
                     each.save(file(length))
             prototypes |= built
         return prototypes

@@ -18,11 +18,11 @@ from spt_fast.backbones import backbone_identity, image_settings, load_backbone
 from spt_fast.building import Method, build_prototypes
 from spt_fast.cli.options import Layout
 from spt_fast.cli.printing import report_skipped, warn
-from spt_fast.data import ImageDataset, cache_images, load_dataset, make_loader, make_transform
+from spt_fast.data import ImageDataset, cache_images, load_dataset, make_transform
 from spt_fast.devices import choose_device
-from spt_fast.distributed import gathered_numbers, process_group
+from spt_fast.distributed import process_group
 from spt_fast.errors import InputError
-from spt_fast.feeding import workers_for
+from spt_fast.feeding import prototype_loader, skipped_by_all, workers_for
 from spt_fast.low_precision import WeightDtype, check_weight_dtype
 from spt_fast.multi_task_vit import MultiTaskViT
 from spt_fast.progress import Progress
@@ -99,7 +99,8 @@ def open_images(
     images = images.with_transform(make_transform(chosen, train=train, **image_settings(backbone)))
     if image_cache is None:
         return images
-    return cache_images(images, image_cache, num_workers=workers_for(images, 32, workers), progress=progress)
+    decoding = workers_for(images, 32, workers, device=next(backbone.parameters()).device)
+    return cache_images(images, image_cache, num_workers=decoding, progress=progress)
 
 
 def build_from(
@@ -115,21 +116,12 @@ def build_from(
 ) -> tuple[dict[int, Prototypes], int]:
     """Prototypes of ``images`` by number of prompts, and how many files could not be read."""
     device = next(backbone.parameters()).device
-    with process_group(device) as (rank, world_size):
-        shared = world_size > 1 and method in ("kmeans", "minibatch_kmeans")
-        loader = make_loader(
-            images,
-            batch_size=batch_size,
-            # Shuffled, the methods that look at one batch see all classes in it; not so, every image is in one share.
-            shuffle=not shared,
-            seed=seed,
-            rank=rank if shared else 0,
-            world_size=world_size if shared else 1,
-            num_workers=workers_for(images, batch_size * (world_size if shared else 1), workers),
-            pin_memory=device.type == "cuda",
+    with process_group(device):
+        loader = prototype_loader(
+            images, method, batch_size=batch_size, seed=seed, device=device, num_workers=workers
         )
         built = build_prototypes(backbone, loader, method=method, seed=seed, progress=progress, **arguments)
-        skipped = int(gathered_numbers([len(loader.skipped)]).sum()) if shared else len(loader.skipped)
+        skipped = skipped_by_all(loader)
     for each in built.values():
         each.metadata["data"] = images.name
     report_skipped("prototypes", skipped)

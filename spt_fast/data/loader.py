@@ -45,6 +45,7 @@ class EpochBatches(Sampler[list[int]]):
         drop_last: bool,
         shards: list[int] | None = None,
     ) -> None:
+        self.world_size = world_size
         if shards is not None:
             mine = _images_of_shards(
                 shards, shuffle=shuffle, seed=seed, epoch=epoch, rank=rank, world_size=world_size
