@@ -26,6 +26,10 @@ BENCHMARKS = {
     ),
     "multi_task": ("Many tasks, one batch", "The logits of a batch in which each image names its task."),
     "low_precision": ("8-bit frozen weights", "Training on a backbone whose frozen weights are smaller."),
+    "data_path": (
+        "From JPEG files to batches",
+        "Decoding, random crops, resizing, flips and normalisation, without a model.",
+    ),
     "end_to_end": (
         "From JPEG files to an adapter",
         "Decoding, k-means prototypes, epochs of training, and the same steps without reading images.",
