@@ -420,7 +420,7 @@ def test_the_benchmark_measures_all_ways(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(data_path, "find_spec", lambda name: None)
     rows = rows_of_the_benchmark(tmp_path, monkeypatch)
     assert rows.pop("Kornia")["reason"] == "kornia is not installed"
-    assert list(rows)[0] == "spt-fast, pixels on the device" and len(rows) == 6
+    assert list(rows)[0] == "spt-fast, cached, torchvision on the CPU, 1 process" and len(rows) == 6
     for name, row in rows.items():
         assert row["kind"] == "measured" and len(row["seconds"]) == 2 and row["case"]["images"] == 7
         # torchvision on tensors rounds once, Pillow twice.
