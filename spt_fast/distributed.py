@@ -44,6 +44,7 @@ def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     try:
         yield rank, world_size
+        dist.barrier()  # nobody hangs up while another is still busy
     finally:
         dist.destroy_process_group()
 

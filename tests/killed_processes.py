@@ -1,5 +1,6 @@
 """Training in processes that are killed at random moments: forked, so that each of many starts at once; or by torchrun,
-which starts them again: ``torchrun --max-restarts N tests/killed_processes.py FOLDER``."""
+which starts them again: ``torchrun --max-restarts N tests/killed_processes.py FOLDER``.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +13,23 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from tiny import squares, tiny_model
-from training_cases import CONFIG
+from training_cases import CONFIG, child_environment
 
 from spt_fast import train
 
 # Everything random in training is on; the state is saved at every step.
 LONG = replace(CONFIG, epochs=14, ema_decay=0.8, mixup=0.8, batch_size=4)
 IMAGES = 22
-FORK = multiprocessing.get_context("fork")
+# From a process that has imported everything and done nothing: autograd does not run in forks of one that has used it.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["killed_processes"])
 
 
 def run(output: Path, *, seed: int = 0, **kwargs: Any) -> None:
@@ -62,8 +67,12 @@ def attempt_in_processes(output: Path, attempt: int, *, world_size: int, kill: b
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     victim = attempt % world_size if kill else None
+    with mock.patch.dict(
+        os.environ, child_environment()
+    ):  # Python 3.11 does not tell it where to find modules
+        forkserver.ensure_running()
     processes = [
-        FORK.Process(target=_child, args=(output, attempt, rank, world_size, port, victim))
+        FORKS.Process(target=_child, args=(output, attempt, rank, world_size, port, victim))
         for rank in range(world_size)
     ]
     for process in processes:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from killed_processes import FORK, IMAGES, LONG, attempt_in_processes, run
+from killed_processes import FORKS, IMAGES, LONG, attempt_in_processes, run
 from tiny import squares, tiny_model
 from training_cases import TESTS, assert_same, child_environment
 
@@ -89,8 +89,8 @@ def _train_until_no_file_may_grow(output: Path, told: Any) -> None:
 
 
 def test_a_full_disk_keeps_the_state_before_and_says_so(tmp_path: Path) -> None:
-    told = FORK.SimpleQueue()
-    process = FORK.Process(target=_train_until_no_file_may_grow, args=(tmp_path / "full", told))
+    told = FORKS.SimpleQueue()
+    process = FORKS.Process(target=_train_until_no_file_may_grow, args=(tmp_path / "full", told))
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
