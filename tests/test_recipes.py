@@ -575,6 +575,20 @@ def test_the_commands_it_shows_run_with_these_values(
             assert read["checkpoint"] == ("FILE" if unreleased else None)
 
 
+def test_a_recipe_and_a_folder_of_images_are_enough() -> None:
+    app: Any = typer.main.get_command(spt_fast.cli.app)
+    for command, recipe, output in (
+        ("train", "cub200-mae-vitb", "runs/cub200-mae-vitb"),
+        ("sweep", "cub200-mae-vitb", "runs/cub200-mae-vitb-sweep"),
+        ("vtab", "mae-vitb", "runs/vtab-mae-vitb"),
+    ):
+        words = ["--recipe", recipe, "--data", "d"]
+        read = app.commands[command].make_context(command, list(words)).params
+        assert read["model"] == "vit_base_patch16_224" and read["output"] == Path(output)
+        read = app.commands[command].make_context(command, [*words, "--output", "here"]).params
+        assert read["output"] == Path("here")
+
+
 def test_what_is_typed_comes_before_the_recipe() -> None:
     train: Any = typer.main.get_command(spt_fast.cli.app).commands["train"]
     words = shlex.split("--recipe cub200-mae-vitb --data d --output o --lr 0.2 --epochs 30 --pool avg")

@@ -22,6 +22,9 @@ def apply_recipe(context: Any, value: str) -> str:
         return value
     recipe = load_recipe(value)
     values = {**recipe.options, "pool": recipe.pool or "timm"}
+    folders = {"train": recipe.name, "sweep": f"{recipe.name}-sweep"}
+    if context.info_name in folders:
+        values["output"] = f"runs/{folders[context.info_name]}"
     if "num_workers" in values:
         values["workers"] = values.pop("num_workers")
     if values.get("warmup_epochs") == values.get("epochs", 0) // 10:
@@ -44,6 +47,7 @@ def apply_vtab_recipe(context: Any, value: str) -> str:
     """
     if value:
         apply_recipe(context, f"{vtab_tasks()[0].name}-{value}")
+        context.default_map["output"] = f"runs/vtab-{value}"
     return value
 
 

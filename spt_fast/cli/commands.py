@@ -246,14 +246,14 @@ def prototypes(
 app.command(
     epilog="Example: `spt-fast train --model vit_base_patch16_224 --checkpoint mae.pth --pool avg --data birds/ "
     "--output runs/birds`, or with the values of a recipe "
-    "`spt-fast train --recipe cub200-mae-vitb --data birds/ --output runs/birds`"
+    "`spt-fast train --recipe cub200-mae-vitb --data birds/`"
 )(train)
 app.command(
     epilog="Example: `spt-fast sweep --model vit_base_patch16_224 --checkpoint mae.pth --pool avg --data birds/ "
     "--output runs/birds --lr 0.01 --lr 0.03 --seed 0 --seed 1`"
 )(sweep)
 app.command(
-    epilog="Example: `spt-fast vtab --recipe mae-vitb --data vtab-1k/ --output runs/vtab`",
+    epilog="Example: `spt-fast vtab --recipe mae-vitb --data vtab-1k/`",
 )(vtab)
 app.command(epilog="Example: `spt-fast recipes cub200-mae-vitb`")(recipes)
 

@@ -55,6 +55,7 @@ from spt_fast.cli.options import (
     WorkersOption,
 )
 from spt_fast.cli.printing import report_skipped, resumable, show, status
+from spt_fast.data import load_dataset
 from spt_fast.devices import choose_device
 from spt_fast.distributed import process_group
 from spt_fast.errors import InputError
@@ -170,6 +171,8 @@ def train(
             f"--output {output} already holds a run; --resume it, --overwrite it or name another folder"
         )
     chosen_device = choose_device(device)
+    if chosen(context) is not None:
+        load_dataset(data, split, layout=layout)  # a mistake is found before weights are fetched
     with (
         process_group(chosen_device),
         resumable(output / "prompts.partial", output / "prompts.safetensors"),
