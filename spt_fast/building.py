@@ -26,6 +26,8 @@ from spt_fast.token_store import Budget
 from spt_fast.tokens import Capture, layer_tokens
 
 Method = Literal["kmeans", "minibatch_kmeans", "mean_pool", "max_pool", "random_sample", "uniform"]
+# What looks at all tokens, so that processes share the images out; the other methods look at one batch.
+CLUSTERING_METHODS = ("kmeans", "minibatch_kmeans")
 Depth = Literal["deep", "shallow"]
 Layers = Literal["same", "first", "last"]
 
@@ -132,7 +134,7 @@ def build_prototypes(
     else:
         plan = Plan(backbone, wanted, numbers, capture, seed, report)
         source = ChosenImages(images, data_fraction, seed, report)
-        if method in ("kmeans", "minibatch_kmeans"):
+        if method in CLUSTERING_METHODS:
             # A stream can only be gone on with by as many processes: each skips the batches that it took in before.
             shares = {} if method == "kmeans" else {"processes": world()[1]}
             store = Checkpoint(checkpoint, {**job, **shares}, resume, checkpoint_minutes)

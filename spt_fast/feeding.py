@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from spt_fast.building import CLUSTERING_METHODS
 from spt_fast.data import ImageDataset, ImageLoader, make_loader
 from spt_fast.data.cache import CachedImages
 from spt_fast.data.device_batches import DeviceBatches, DeviceImages
@@ -20,7 +21,6 @@ from spt_fast.distributed import gathered_numbers, world
 MOST_WORKERS = 8
 # An epoch with fewer batches for each of them is over before worker processes have paid for themselves.
 BATCHES_PER_WORKER = 4
-SHARED_METHODS = ("kmeans", "minibatch_kmeans")
 
 
 class ImageFeed:
@@ -123,7 +123,7 @@ def prototype_loader(
         device: where the batches are worked on.
         num_workers: worker processes, see :func:`workers_for`.
     """
-    shared = world()[1] > 1 and method in SHARED_METHODS
+    shared = world()[1] > 1 and method in CLUSTERING_METHODS
     rank, shares = world() if shared else (0, 1)
     return make_loader(
         data,

@@ -95,6 +95,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "dropout": ({}, {"prompt_dropout": 0.3}, {}),
     "smoothing": ({"label_smoothing": 0.2, "lr_scale": "none"}, {"deep": False}, {}),
     "augmentation": ({}, {}, {"recipe": "fgvc"}),
+    "shards": ({}, {}, {"recipe": "fgvc", "shards": [9, 1, 12]}),
     "frozen_prompts": ({"ema_decay": 0.5}, {"train_prompts": False}, {}),
     "everything": (
         {"ema_decay": 0.8, "mixup": 0.8, "label_smoothing": 0.1, "val_interval": 2},

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import training_cases
 from tiny import learned, squares, tiny_backbone, tiny_model
 from training_cases import IMAGES, STEPS, Interruption
 
@@ -33,16 +34,7 @@ pytestmark = [
 ]
 DEVICE = torch.device("cuda")
 # Three steps an epoch, the last of six images. The third call is the last that is not replayed.
-CONFIG = TrainingConfig(
-    epochs=4,
-    warmup_epochs=1,
-    batch_size=8,
-    learning_rate=0.01,
-    head_weight_decay=0.02,
-    seed=3,
-    dtype="float32",
-    checkpoint_minutes=1e9,
-)
+CONFIG = replace(training_cases.CONFIG, epochs=4, checkpoint_minutes=1e9)
 CLOSE = 1e-2
 
 
