@@ -1,22 +1,24 @@
-"""Adapters: what a task stores. Prompts, head and a record of the backbone they belong to, never the backbone."""
+"""Adapters: what a task stores. What it learned and a record of the backbone it belongs to, never the backbone."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from spt_fast._version import __version__
 from spt_fast.backbones import backbone_identity, load_backbone, source_of
-from spt_fast.errors import AdapterMismatchError, InputError
+from spt_fast.errors import AdapterMismatchError, CheckpointError, InputError
+from spt_fast.methods import model_class
 from spt_fast.prompted_vit import PromptedViT
 from spt_fast.tensor_files import read_tensors, write_tensors
+from spt_fast.tuned_vit import HEAD, TunedViT
 
-FORMAT = "spt_fast.adapter.1"
+# Prompts and head alone; and what only :mod:`spt_fast.methods` understands.
+FORMAT, METHOD_FORMAT = "spt_fast.adapter.1", "spt_fast.adapter.2"
 
 
 @dataclass(frozen=True)
@@ -24,17 +26,25 @@ class Adapter:
     """An adapter as it lies in a file.
 
     Attributes:
-        prompts: ``[L, P, D]`` or ``[1, P, D]``.
+        prompts: ``[L, P, D]`` or ``[1, P, D]``; ``None`` where the method has none.
         head_weight: ``[C, D]``.
         head_bias: ``[C]``.
         config: json record: ``backbone`` (how to load it, and its identity), ``pool``, ``classes``, ``version`` of the
-            package, and whatever the writer added (training adds ``training`` and ``images``).
+            package, ``tuning`` (name and options of a method beyond prompts), and whatever the writer added (training
+            adds ``training`` and ``images``).
+        added: what a method beyond prompts learned, by name.
     """
 
-    prompts: Tensor
+    prompts: Tensor | None
     head_weight: Tensor
     head_bias: Tensor
     config: dict[str, Any]
+    added: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        """The name of the kind of model, ``"prompted"`` for prompts and a head alone."""
+        return self.config.get("tuning", {}).get("name", PromptedViT.name)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Adapter:
@@ -44,8 +54,9 @@ class Adapter:
             MissingFileError: no such file.
             CheckpointError: not an adapter.
         """
-        tensors, config = read_tensors(path, FORMAT, "an adapter")
-        return cls(tensors["prompts"], tensors["head.weight"], tensors["head.bias"], config)
+        tensors, config = read_tensors(path, (FORMAT, METHOD_FORMAT), "an adapter")
+        weight, bias = (tensors.pop(name) for name in HEAD)
+        return cls(tensors.pop("prompts", None), weight, bias, config, tensors)
 
     def load_backbone(self) -> VisionTransformer:
         """Load the backbone this adapter was trained on, from the record of how it was loaded then.
@@ -67,17 +78,24 @@ class Adapter:
         }
         return load_backbone(source["name"], **arguments)
 
-    def attach(self, backbone: VisionTransformer) -> PromptedViT:
+    def attach(self, backbone: VisionTransformer) -> TunedViT:
         """The trained model: this adapter on its backbone, in eval mode.
 
         Raises:
             AdapterMismatchError: another backbone; the message names the difference.
+            CheckpointError: what was stored is not what the method stores.
         """
         check_identity(self.config["backbone"]["identity"], backbone)
-        model = PromptedViT(backbone, self.prompts, num_classes=len(self.head_bias), pool=self.config["pool"])
-        with torch.no_grad():
-            model.head.weight.copy_(self.head_weight)
-            model.head.bias.copy_(self.head_bias)
+        state = {**dict(zip(HEAD, (self.head_weight, self.head_bias), strict=True)), **self.added}
+        arguments = {"num_classes": len(self.head_bias), "pool": self.config["pool"]}
+        if self.prompts is not None:
+            state["prompts"] = arguments["prompts"] = self.prompts
+        try:
+            options = self.config.get("tuning", {}).get("options", {})
+            model = model_class(self.method)(backbone, **arguments, **options)
+            model.load_task_state(state)
+        except (InputError, TypeError) as error:
+            raise CheckpointError(f"this is not an adapter of {self.method}: {error}") from error
         model.classes = list(self.config["classes"])
         return model.eval()
 
@@ -100,12 +118,12 @@ def check_identity(expected: dict[str, Any], backbone: VisionTransformer) -> Non
 
 def save_adapter(
     path: str | os.PathLike[str],
-    model: PromptedViT,
+    model: TunedViT,
     *,
     classes: list[str] | None = None,
     metadata: dict[str, Any] | None = None,
 ) -> None:
-    """Write the prompts and the head of ``model`` as float32 safetensors, with what is needed to rebuild the model.
+    """Write what ``model`` learned as float32 safetensors, with what is needed to make the model again.
 
     Args:
         path: the file; an interruption leaves the old one or the new one.
@@ -139,12 +157,14 @@ def save_adapter(
         "classes": classes,
         "version": __version__,
     }
-    tensors = {"prompts": model.prompts, "head.weight": model.head.weight, "head.bias": model.head.bias}
-    kept = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
-    write_tensors(path, FORMAT, kept, config)
+    kept = {name: value.detach().float().cpu().contiguous() for name, value in model.task_state().items()}
+    if model.name == PromptedViT.name:
+        return write_tensors(path, FORMAT, kept, config)
+    config["tuning"] = {"name": model.name, "options": model.options}
+    write_tensors(path, METHOD_FORMAT, kept, config)
 
 
-def load_adapter(path: str | os.PathLike[str], backbone: VisionTransformer | None = None) -> PromptedViT:
+def load_adapter(path: str | os.PathLike[str], backbone: VisionTransformer | None = None) -> TunedViT:
     """The trained model of an adapter file.
 
     Args:

@@ -13,7 +13,7 @@ from spt_fast.distributed import all_reduced, world
 from spt_fast.errors import InputError
 from spt_fast.feeding import ImageFeed
 from spt_fast.progress import Progress
-from spt_fast.prompted_vit import PromptedViT
+from spt_fast.tuned_vit import TunedViT
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: PromptedViT,
+    model: TunedViT,
     data: ImageDataset,
     *,
     batch_size: int = 64,
@@ -60,7 +60,7 @@ def evaluate(
         InputError: no image of ``data`` could be read, or it has more classes than the model.
 
     Example:
-        >>> from spt_fast import load_backbone
+        >>> from spt_fast import PromptedViT, load_backbone
         >>> from spt_fast.data import load_dataset, make_transform
         >>> backbone = load_backbone("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2)
         >>> model = PromptedViT(backbone, torch.randn(2, 5, 192), num_classes=10, pool="avg")
@@ -68,13 +68,13 @@ def evaluate(
         >>> evaluate(model, load_dataset("digits", "val", transform=transform)).images
         200
     """
-    feed = ImageFeed(data, model.prompts.device, num_workers=num_workers)
+    feed = ImageFeed(data, model.device, num_workers=num_workers)
     return evaluate_feed(model, feed, batch_size=batch_size, progress=progress)
 
 
 @torch.no_grad()
 def evaluate_feed(
-    model: PromptedViT, feed: ImageFeed, *, batch_size: int = 64, progress: Progress | None = None
+    model: TunedViT, feed: ImageFeed, *, batch_size: int = 64, progress: Progress | None = None
 ) -> Evaluation:
     """:func:`evaluate` over a feed, which can be used again."""
     data = feed.data

@@ -26,6 +26,7 @@ from spt_fast.prompted_block import prompt_keys_values, prompted_block
 from spt_fast.prompted_vit import PromptedViT
 from spt_fast.sharded_block import is_sharded
 from spt_fast.task_banks import Task, TaskBanks, stack_tasks
+from spt_fast.tuned_vit import TunedViT
 
 
 class MultiTaskViT(nn.Module):
@@ -285,12 +286,17 @@ class MultiTaskViT(nn.Module):
             adapter = Adapter.load(adapter)
         if isinstance(adapter, Adapter):
             model = adapter.attach(self.backbone)
-        elif isinstance(adapter, PromptedViT):
+        elif isinstance(adapter, TunedViT):
             model = adapter
             if model.backbone is not self.backbone:
                 check_identity(backbone_identity(model.backbone), self.backbone)
         else:
             raise InputError(f"expected an Adapter, its path or a PromptedViT, got {type(adapter).__name__}")
+        if not isinstance(model, PromptedViT) or model.name != PromptedViT.name:
+            raise InputError(
+                f"an adapter of {model.name} is no prompts and a head, which is what one pass can serve many of; "
+                "load_adapter serves it alone"
+            )
         names = model.classes
         if names is None:
             names = [str(index) for index in range(model.head.out_features)]

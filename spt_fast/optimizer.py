@@ -1,4 +1,4 @@
-"""AdamW with one learning rate per block of prompts.
+"""AdamW with one learning rate per block of prompts, and for all else that a method learns.
 
 A prompt enters a block only through LayerNorm, so its scale does not change the function; but Adam moves every entry by
 about the learning rate whatever its size, so the scale decides how far a step turns it. Token prototypes are tens of
@@ -8,6 +8,7 @@ by the root mean square of its start makes one base rate mean the same turn ever
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -18,24 +19,27 @@ LearningRateScale = Literal["rms", "none"]
 
 
 class PromptAdamW(torch.optim.AdamW):
-    """AdamW over a prompt parameter ``[L, P, D]`` block by block, and over a head.
+    """AdamW over a prompt parameter ``[L, P, D]`` block by block, over a head, and over whatever else learns.
 
     Each block is a parameter group of its own that shares the storage of ``prompts``, so that blocks can differ in
     learning rate. Make it after the model is where it will be trained: moving the model later parts the two.
 
     Args:
-        prompts: the prompts, trained if they require a gradient.
+        prompts: the prompts, trained if they require a gradient; ``None``: there are none.
         head: the classifier.
         lr: base learning rate.
         weight_decay: of the prompts.
         head_weight_decay: of the head.
         lr_scale: ``"rms"`` multiplies each block's learning rate by the root mean square of its entries now (1 for a
             block of zeros); ``"none"`` leaves all at ``lr``, as the paper does.
+        fused: one kernel for all parameters and, on a GPU, rates on the device, so that a CUDA graph can hold the step.
+        others: what else learns, each with what multiplies ``lr`` for it. Matrices decay as prompts do; vectors and
+            scalars (biases, scales, gates) do not.
     """
 
     def __init__(
         self,
-        prompts: nn.Parameter,
+        prompts: nn.Parameter | None,
         head: nn.Linear,
         *,
         lr: float,
@@ -43,10 +47,12 @@ class PromptAdamW(torch.optim.AdamW):
         head_weight_decay: float,
         lr_scale: LearningRateScale = "rms",
         fused: bool = False,
+        others: Iterable[tuple[nn.Parameter, float]] = (),
     ) -> None:
         self.prompts = prompts
-        self.blocks: list[Tensor] = list(prompts.detach()) if prompts.requires_grad else []
-        groups = []
+        learning = prompts if prompts is not None and prompts.requires_grad else None
+        self.blocks: list[Tensor] = [] if learning is None else list(learning.detach())
+        groups: list[dict[str, Any]] = []
         for block in self.blocks:
             rms = float(block.double().square().mean().sqrt())
             scale = rms if lr_scale == "rms" and rms > 0 else 1.0
@@ -54,10 +60,18 @@ class PromptAdamW(torch.optim.AdamW):
             # "lr_scale". Without a schedule "lr" has to hold the product from the beginning.
             rates = {"lr": lr * scale, "initial_lr": lr, "lr_scale": scale}
             groups.append({"params": [block], "weight_decay": weight_decay, **rates})
+        alike: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for parameter, scale in others:
+            decay = weight_decay if parameter.ndim > 1 else 0.0
+            alike.setdefault((scale, decay), []).append(parameter)
+        for (scale, decay), parameters in alike.items():
+            rates = {"lr": lr * scale, "initial_lr": lr, "lr_scale": scale}
+            groups.append({"params": parameters, "weight_decay": decay, **rates})
         groups.append({"params": list(head.parameters()), "weight_decay": head_weight_decay, "lr_scale": 1.0})
-        on_gpu = prompts.device.type == "cuda"
+        device = head.weight.device
+        on_gpu = device.type == "cuda"
         super().__init__(groups, lr=lr, fused=fused or None, capturable=fused and on_gpu)
-        self._rates = torch.empty(len(groups), device=prompts.device) if fused and on_gpu else None
+        self._rates = torch.empty(len(groups), device=device) if fused and on_gpu else None
 
     def send_rates(self) -> None:
         """Take the learning rates of the groups to the device, without waiting for it."""
@@ -68,7 +82,7 @@ class PromptAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Take the gradient that backward left in ``prompts.grad`` to the blocks, then step."""
-        if self.prompts.grad is not None:
+        if self.prompts is not None and self.prompts.grad is not None:
             for block, gradient in zip(self.blocks, self.prompts.grad, strict=True):
                 block.grad = gradient
         if self._rates is None:
@@ -90,7 +104,8 @@ class PromptAdamW(torch.optim.AdamW):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        self.prompts.grad = None
+        if self.prompts is not None:
+            self.prompts.grad = None
 
 
 def cosine_schedule(

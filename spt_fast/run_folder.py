@@ -56,11 +56,15 @@ class RunFolder:
         if not self.writes:
             return
         if step == 0:
-            for stale in RESULTS:
-                (self.path / stale).unlink(missing_ok=True)
-            for events in (self.path / "tensorboard").glob("events.*"):
-                events.unlink()
-        remove_leftovers(self.path)
+            for name in RESULTS:
+                (self.path / name).unlink(missing_ok=True)
+            for stale in (
+                *self.path.glob("tensorboard/events.*"),
+                *self.path.glob("snapshots/*.safetensors"),
+            ):
+                stale.unlink()
+        for folder in (self.path, self.path / "snapshots"):
+            remove_leftovers(folder)
         self.write_json("config.json", config)
         self._log = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
 

@@ -42,13 +42,13 @@ def write_tensors(
 
 
 def read_tensors(
-    path: str | os.PathLike[str], wanted: str, what: str
+    path: str | os.PathLike[str], wanted: str | tuple[str, ...], what: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and json record of one of this package's safetensors files.
 
     Args:
         path: the file.
-        wanted: the format name that must stand in it.
+        wanted: the format name that must stand in it, or several that may.
         what: how to name such a file in an error.
 
     Raises:
@@ -64,8 +64,9 @@ def read_tensors(
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not {what}: {error}") from error
-    if metadata.get("format") != wanted:
+    known = (wanted,) if isinstance(wanted, str) else wanted
+    if metadata.get("format") not in known:
         raise CheckpointError(
-            f"{path} is not {what}: its format is {metadata.get('format')!r}, expected {wanted!r}"
+            f"{path} is not {what}: its format is {metadata.get('format')!r}, expected {' or '.join(map(repr, known))}"
         )
     return tensors, json.loads(metadata["json"])

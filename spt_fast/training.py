@@ -1,4 +1,4 @@
-"""Training prompts and head: the loop; its choices and its state have modules of their own."""
+"""Training what a task learns: the loop; its choices and its state have modules of their own."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from spt_fast.distributed import broadcast, process_group
 from spt_fast.errors import InputError
 from spt_fast.feeding import ImageFeed
 from spt_fast.progress import Progress
-from spt_fast.prompted_vit import PromptedViT
 from spt_fast.run_folder import RunFolder
 from spt_fast.training_config import Dtype, TrainingConfig
 from spt_fast.training_run import TrainingResult, TrainingRun
+from spt_fast.tuned_vit import TunedViT
 
 
 def train(
-    model: PromptedViT,
+    model: TunedViT,
     train_data: ImageDataset,
     val_data: ImageDataset | None = None,
     *,
@@ -34,14 +34,14 @@ def train(
     metadata: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> TrainingResult:
-    """Train the prompts and the head of ``model``, in place.
+    """Train what ``model`` has beside its frozen backbone, prompts and head for example, in place.
 
     Started by torchrun, the processes take their steps together, each on its share of each epoch: ``W`` processes with
-    batches of ``B`` do what one with batches of ``W * B`` does. Only the gradients of prompts and head travel; rank 0
+    batches of ``B`` do what one with batches of ``W * B`` does. Only the gradients of what learns travel; rank 0
     writes. A process group that is joined already is used.
 
     Args:
-        model: the model, on the device to train on. Its frozen backbone is replaced by a copy in ``config.dtype``.
+        model: the model, on the device to train on. Its frozen weights are replaced by a copy in ``config.dtype``.
         train_data: training images, with a transform.
         val_data: validation images; ``None`` trains without looking.
         output: a folder for adapters, metrics and the state of training.
@@ -69,9 +69,9 @@ def train(
         json.dumps(metadata)
     except TypeError as error:
         raise InputError(f"metadata must be json-able: {error}") from None
-    device = model.prompts.device
+    device = model.device
     with process_group(device) as (rank, world_size):
-        broadcast([model.prompts, model.head.weight, model.head.bias])
+        broadcast(list(model.task_state().values()))
         run = TrainingRun(model, train_data, RunFolder(output, writes=rank == 0), config, metadata or {})
         run.begin(resume=resume, overwrite=overwrite)
         model.cast_backbone(training_dtype(config.dtype, device))

@@ -21,11 +21,11 @@ class TrainingConfig:
         epochs: passes over the training images.
         warmup_epochs: epochs of linear warm-up, before the cosine.
         batch_size: images per step on each process.
-        learning_rate: base rate of AdamW, for prompts and head.
+        learning_rate: base rate of AdamW, for head, prompts and whatever else learns.
         lr_scale: ``"rms"``: each block's prompt rate is multiplied by the root mean square of its start;
             ``"none"``: one rate for all, as in the paper. See :mod:`spt_fast.optimizer`.
         min_learning_rate: where the cosine ends.
-        weight_decay: of the prompts.
+        weight_decay: of the prompts, and of matrices that a method adds.
         head_weight_decay: of the head.
         label_smoothing: of the cross-entropy.
         mixup: alpha of mixup; 0 is off.
@@ -39,6 +39,8 @@ class TrainingConfig:
             :class:`spt_fast.feeding.ImageFeed`.
         val_interval: validate after every this many epochs, and after the last.
         checkpoint_minutes: save the state of training at least this often, and after every epoch.
+        snapshot_interval: keep the adapters of the start and of every this many epochs in ``snapshots/``; ``None``:
+            keep none.
     """
 
     epochs: int = 100
@@ -58,6 +60,7 @@ class TrainingConfig:
     num_workers: int | None = None
     val_interval: int = 1
     checkpoint_minutes: float = 5.0
+    snapshot_interval: int | None = None
 
     def __post_init__(self) -> None:
         wrong = {
@@ -77,6 +80,9 @@ class TrainingConfig:
             "seed": self.seed < 0 and "at least 0",
             "num_workers": self.num_workers is not None and self.num_workers < 0 and "at least 0",
             "val_interval": self.val_interval < 1 and "at least 1",
+            "snapshot_interval": self.snapshot_interval is not None
+            and self.snapshot_interval < 1
+            and "at least 1",
             "checkpoint_minutes": not self.checkpoint_minutes >= 0 and "at least 0",
         }
         for name, expected in wrong.items():

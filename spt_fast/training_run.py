@@ -22,10 +22,10 @@ from spt_fast.errors import DivergedError, InputError
 from spt_fast.evaluation import evaluate_feed
 from spt_fast.feeding import ImageFeed
 from spt_fast.optimizer import PromptAdamW, cosine_schedule
-from spt_fast.prompted_vit import PromptedViT
 from spt_fast.run_folder import RunFolder
 from spt_fast.training_config import TrainingConfig
 from spt_fast.training_step import TrainingStep
+from spt_fast.tuned_vit import HEAD, TunedViT
 
 STEPS_PER_LOG = 10
 
@@ -72,7 +72,7 @@ class TrainingRun:
 
     def __init__(
         self,
-        model: PromptedViT,
+        model: TunedViT,
         train_data: ImageDataset,
         folder: RunFolder,
         config: TrainingConfig,
@@ -89,13 +89,17 @@ class TrainingRun:
             train_data, batch_size=config.batch_size, world_size=world()[1]
         )
         self.optimizer = PromptAdamW(
-            model.prompts,
+            getattr(model, "prompts", None),
             model.head,
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
             head_weight_decay=config.head_weight_decay,
             lr_scale=config.lr_scale,
             fused=True,
+            others=[
+                (parameter, model.learning_rate_scale(name))
+                for name, parameter in model.added_parameters().items()
+            ],
         )
         self.schedule = cosine_schedule(
             self.optimizer,
@@ -103,11 +107,13 @@ class TrainingRun:
             warmup_steps=config.warmup_epochs * self.steps_per_epoch,
             min_learning_rate=config.min_learning_rate,
         )
-        self.learned = nn.ModuleDict({"head": model.head})
-        self.learned.register_parameter("prompts", model.prompts)
+        # A module, as timm's moving average wants it; its names cannot hold dots.
+        self.learned = nn.ParameterDict(
+            {name.replace(".", "/"): value for name, value in model.task_state().items()}
+        )
         self.ema = ModelEmaV3(self.learned, decay=config.ema_decay) if config.ema_decay else None
         # Loss, hits and images of the epoch so far, of all processes: rank 0 can save without asking the others.
-        self.sums = torch.zeros(3, dtype=torch.float64, device=model.prompts.device)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=model.device)
         self.take_step = TrainingStep(
             model,
             self.optimizer,
@@ -142,12 +148,12 @@ class TrainingRun:
         """What must be equal for a run to be the continuation of another."""
         model = self.model
         # How images are decoded and how often the state is saved leave no trace in the result.
-        free = ("num_workers", "checkpoint_minutes")
+        free = ("num_workers", "checkpoint_minutes", "snapshot_interval")
         record = {
             **{name: value for name, value in asdict(self.config).items() if name not in free},
-            "prompts": list(model.prompts.shape),
-            "train_prompts": model.prompts.requires_grad,
-            "prompt_dropout": model.prompt_dropout.p,
+            "method": model.name,
+            **model.options,
+            **{name: list(value.shape) for name, value in model.task_state().items() if name not in HEAD},
             "pool": model.pool,
             "classes": model.head.out_features,
             "images": self.images,
@@ -163,6 +169,8 @@ class TrainingRun:
         elif not (resume or overwrite):
             self.folder.refuse_to_replace()
         self.folder.open(self.metadata, step=self.step)
+        if self.config.snapshot_interval is not None and self.step == 0:
+            self._save_snapshot()
 
     def advance(self, images: Tensor, labels: Tensor, targets: Tensor | None) -> None:
         """Take the optimizer step for a batch; see :class:`TrainingStep`."""
@@ -209,9 +217,11 @@ class TrainingRun:
                     self.best = (judged.accuracy, self.epoch + 1)
                     self._save_adapter("best.safetensors")
             self._save_adapter("last.safetensors")
+            self.epoch, self.batch = self.epoch + 1, 0
+            if self.config.snapshot_interval is not None and self.epoch % self.config.snapshot_interval == 0:
+                self._save_snapshot()
         self.metrics.append({**row, "seconds": self.seconds})
         self.waits.append((waited, trained))
-        self.epoch, self.batch = self.epoch + 1, 0
         self.sums.zero_()
         self.folder.log_epoch(row, self.metrics)
         self._save()
@@ -264,6 +274,9 @@ class TrainingRun:
         finally:
             self.learned.load_state_dict(own)
 
+    def _save_snapshot(self) -> None:
+        self._save_adapter(f"snapshots/epoch-{self.epoch:04d}.safetensors")
+
     def _save_adapter(self, name: str) -> None:
         if self.folder.writes:
             path = self.folder.path / name
@@ -293,7 +306,7 @@ class TrainingRun:
         )
 
     def _load(self) -> None:
-        state = self.folder.load_state(self.model.prompts.device)
+        state = self.folder.load_state(self.model.device)
         for key, value in self.record.items():
             if state["record"].get(key) != value:
                 raise InputError(

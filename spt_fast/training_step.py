@@ -15,8 +15,8 @@ from torch import Tensor
 
 from spt_fast.distributed import all_reduced, world
 from spt_fast.optimizer import PromptAdamW
-from spt_fast.prompted_vit import PromptedViT
 from spt_fast.replayed_call import ReplayedCall
+from spt_fast.tuned_vit import TunedViT
 
 
 class TrainingStep:
@@ -39,7 +39,7 @@ class TrainingStep:
         compile_seconds: what the first step took where it is compiled, else ``None``.
 
     Example:
-        >>> from spt_fast import load_backbone
+        >>> from spt_fast import PromptedViT, load_backbone
         >>> backbone = load_backbone("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2)
         >>> model = PromptedViT(backbone, torch.randn(2, 5, 192), num_classes=2, pool="avg")
         >>> rates = {"lr": 0.01, "weight_decay": 0.0, "head_weight_decay": 0.0}
@@ -52,7 +52,7 @@ class TrainingStep:
 
     def __init__(
         self,
-        model: PromptedViT,
+        model: TunedViT,
         optimizer: PromptAdamW,
         sums: Tensor,
         *,

@@ -26,9 +26,9 @@ from spt_fast.feeding import prototype_loader, skipped_by_all, workers_for
 from spt_fast.low_precision import WeightDtype, check_weight_dtype
 from spt_fast.multi_task_vit import MultiTaskViT
 from spt_fast.progress import Progress
-from spt_fast.prompted_vit import PromptedViT
 from spt_fast.prototypes import Prototypes
 from spt_fast.token_store import Budget
+from spt_fast.tuned_vit import TunedViT
 
 
 def check_folder(option: str, folder: Path) -> None:
@@ -181,7 +181,7 @@ def warn_of_other_backbone(start: Prototypes, backbone: VisionTransformer) -> No
 
 def open_trained(
     path: Path, checkpoint: str | None, device: str
-) -> tuple[PromptedViT, Callable[[Any], torch.Tensor]]:
+) -> tuple[TunedViT, Callable[[Any], torch.Tensor]]:
     """The model of an adapter file, and the transform for the images it judges."""
     chosen = choose_device(device)
     adapter = Adapter.load(path)
