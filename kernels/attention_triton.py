@@ -8,8 +8,7 @@ but the inputs' shapes and the GPU, so that results repeat bit for bit, whicheve
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from torch import Tensor
 from . import triton_device
 from .attention_inputs import AttentionInputs
 from .triton_device import capability, is_interpreted, power_of_two, processors
+from .triton_launch import Described, launch
 
 WIDEST_HEAD = 128
 
@@ -40,6 +40,24 @@ class Shape(NamedTuple):
     warps: int
 
 
+class Description(NamedTuple):
+    """A launch, all but its kernel and tensors.
+
+    Attributes:
+        programs: how many there are in a shape.
+        shapes: to choose from.
+        sizes: about which the fastest depends.
+        numbers: arguments that follow the tensors.
+        constant: compile-time arguments, apart from the shape's.
+    """
+
+    programs: Callable[[Shape], int]
+    shapes: tuple[Shape, ...]
+    sizes: tuple[int, ...]
+    numbers: tuple[float, ...]
+    constant: dict[str, Any]
+
+
 def why_not(*tensors: Tensor) -> str | None:
     """Why the Triton kernels cannot take these tensors, the queries first, or ``None``."""
     q = tensors[0]
@@ -57,25 +75,28 @@ def forward(inputs: AttentionInputs, out: Tensor) -> Tensor:
     q, k, v, prompt_k, prompt_v, index, lengths, scale = _readable(inputs)
     batch, heads, num_queries, width = q.shape
     lse = q.new_empty(batch, heads, num_queries, dtype=torch.float32)
-    unit = wide_reads(q, k, v, prompt_k, prompt_v, out)
-    _launch(
-        "forward_kernel",
-        lambda shape: batch * heads * -(-num_queries // shape.queries),
-        query_shapes("forward_kernel", width, q.dtype, capability(q), num_queries),
-        (num_queries, prompt_k.shape[2] + k.shape[2]),
-        (q, k, v, prompt_k, prompt_v, index, lengths, out, lse),
-        (
-            *_strides(unit, q, k, v),
-            *_set_strides(unit, inputs, prompt_k, prompt_v),
-            *_strides(unit, out),
-            abs(scale) or 1.0,
-            heads,
-            num_queries,
-            k.shape[2],
-            prompt_k.shape[2],
-        ),
-        constants(width, q.dtype, unit) | {"SIGN": (scale > 0) - (scale < 0)},
-    )
+
+    def describe() -> Description:
+        unit = wide_reads(q, k, v, prompt_k, prompt_v, out)
+        return Description(
+            lambda shape: batch * heads * -(-num_queries // shape.queries),
+            query_shapes("forward_kernel", width, q.dtype, capability(q), num_queries),
+            (num_queries, prompt_k.shape[2] + k.shape[2]),
+            (
+                *_strides(unit, q, k, v),
+                *_set_strides(unit, inputs, prompt_k, prompt_v),
+                *_strides(unit, out),
+                abs(scale) or 1.0,
+                heads,
+                num_queries,
+                k.shape[2],
+                prompt_k.shape[2],
+            ),
+            constants(width, q.dtype, unit) | {"SIGN": (scale > 0) - (scale < 0)},
+        )
+
+    tensors = (q, k, v, prompt_k, prompt_v, index, lengths, out, lse)
+    _launch("forward_kernel", tensors, (scale, inputs.shared), describe)
     return lse
 
 
@@ -115,16 +136,18 @@ def backward(
 def _delta(out: Tensor, grad_out: Tensor) -> Tensor:
     batch, heads, num_queries, width = out.shape
     delta = out.new_empty(batch, heads, num_queries, dtype=torch.float32)
-    unit = wide_reads(out, grad_out)
-    _launch(
-        "delta_kernel",
-        lambda shape: batch * heads * -(-num_queries // shape.queries),
-        query_shapes("delta_kernel", width, out.dtype, capability(out), num_queries),
-        (num_queries,),
-        (out, grad_out, delta),
-        (*_strides(unit, out, grad_out), heads, num_queries),
-        constants(width, out.dtype, unit),
-    )
+
+    def describe() -> Description:
+        unit = wide_reads(out, grad_out)
+        return Description(
+            lambda shape: batch * heads * -(-num_queries // shape.queries),
+            query_shapes("delta_kernel", width, out.dtype, capability(out), num_queries),
+            (num_queries,),
+            (*_strides(unit, out, grad_out), heads, num_queries),
+            constants(width, out.dtype, unit),
+        )
+
+    _launch("delta_kernel", (out, grad_out, delta), (), describe)
     return delta
 
 
@@ -133,25 +156,28 @@ def _write_grad_q(
 ) -> None:
     q, k, v, prompt_k, prompt_v, index, lengths, scale = inputs
     batch, heads, num_queries, width = q.shape
-    unit = wide_reads(q, k, v, prompt_k, prompt_v, grad_out, grad_q)
-    _launch(
-        "queries_kernel",
-        lambda shape: batch * heads * -(-num_queries // shape.queries),
-        query_shapes("queries_kernel", width, q.dtype, capability(q), num_queries),
-        (num_queries, prompt_k.shape[2] + k.shape[2]),
-        (q, k, v, prompt_k, prompt_v, index, lengths, grad_out, lse, delta, grad_q),
-        (
-            *_strides(unit, q, k, v),
-            *_set_strides(unit, inputs, prompt_k, prompt_v),
-            *_strides(unit, grad_out, grad_q),
-            scale,
-            heads,
-            num_queries,
-            k.shape[2],
-            prompt_k.shape[2],
-        ),
-        constants(width, q.dtype, unit),
-    )
+
+    def describe() -> Description:
+        unit = wide_reads(q, k, v, prompt_k, prompt_v, grad_out, grad_q)
+        return Description(
+            lambda shape: batch * heads * -(-num_queries // shape.queries),
+            query_shapes("queries_kernel", width, q.dtype, capability(q), num_queries),
+            (num_queries, prompt_k.shape[2] + k.shape[2]),
+            (
+                *_strides(unit, q, k, v),
+                *_set_strides(unit, inputs, prompt_k, prompt_v),
+                *_strides(unit, grad_out, grad_q),
+                scale,
+                heads,
+                num_queries,
+                k.shape[2],
+                prompt_k.shape[2],
+            ),
+            constants(width, q.dtype, unit),
+        )
+
+    tensors = (q, k, v, prompt_k, prompt_v, index, lengths, grad_out, lse, delta, grad_q)
+    _launch("queries_kernel", tensors, (scale, inputs.shared), describe)
 
 
 def _prompt_gradients(
@@ -204,33 +230,36 @@ def _write_keys(
     (k, v), (grad_out, lse, delta) = keys_and_values, upstream
     batch, heads, num_queries, width = q.shape
     num_sets, _, num_keys, _ = k.shape
-    written = [gradient for gradient in (grad_k, grad_v) if gradient is not None]
-    unit = wide_reads(q, k, v, grad_out, *written)
-    strides = [
-        number
-        for gradient in (grad_k, grad_v)
-        for number in ((0,) * 4 if gradient is None else _strides(unit, gradient))
-    ]
     shared = k is inputs.prompt_k and inputs.shared
-    _launch(
-        "keys_kernel",
-        lambda shape: chunks * num_sets * heads * -(-num_keys // shape.keys),
-        key_shapes(width, q.dtype, capability(q), num_queries, num_keys),
-        (num_queries, num_keys, grad_k is None, grad_v is None),
-        (q, k, v, *sets, grad_out, lse, None if grad_k is None else delta, grad_k, grad_v),
-        (
-            *_strides(unit, q, k, v, grad_out),
-            *strides,
-            inputs.scale,
-            batch,
-            num_sets,
-            heads,
-            num_queries,
-            num_keys,
-            chunks,
-        ),
-        constants(width, q.dtype, unit) | {"SHARED": shared},
-    )
+
+    def describe() -> Description:
+        written = [gradient for gradient in (grad_k, grad_v) if gradient is not None]
+        unit = wide_reads(q, k, v, grad_out, *written)
+        strides = [
+            number
+            for gradient in (grad_k, grad_v)
+            for number in ((0,) * 4 if gradient is None else _strides(unit, gradient))
+        ]
+        return Description(
+            lambda shape: chunks * num_sets * heads * -(-num_keys // shape.keys),
+            key_shapes(width, q.dtype, capability(q), num_queries, num_keys),
+            (num_queries, num_keys, grad_k is None, grad_v is None),
+            (
+                *_strides(unit, q, k, v, grad_out),
+                *strides,
+                inputs.scale,
+                batch,
+                num_sets,
+                heads,
+                num_queries,
+                num_keys,
+                chunks,
+            ),
+            constants(width, q.dtype, unit) | {"SHARED": shared},
+        )
+
+    tensors = (q, k, v, *sets, grad_out, lse, None if grad_k is None else delta, grad_k, grad_v)
+    _launch("keys_kernel", tensors, (inputs.scale, shared, chunks), describe)
 
 
 @lru_cache(maxsize=1024)
@@ -386,32 +415,36 @@ def _kernel(name: str) -> Any:
 
 def _launch(
     name: str,
-    programs: Callable[[Shape], int],
-    shapes: tuple[Shape, ...],
-    sizes: tuple[int, ...],
     tensors: tuple[Tensor | None, ...],
-    numbers: tuple[float, ...],
-    constant: dict[str, Any],
+    more: tuple[Hashable, ...],
+    describe: Callable[[], Description],
 ) -> None:
-    """Run a kernel in the fastest of the shapes, found at the first call with about the same ``sizes``."""
-    q = tensors[0]
-    assert q is not None
-    kernel = _kernel(name)
-    constant = {key: value for key, value in constant.items() if key in kernel.arg_names}
-    if not programs(shapes[0]):
-        return
-    if is_interpreted(kernel):
-        blocks = blocks_of(kernel, shapes[0])
-        kernel[(programs(shapes[0]),)](*tensors, *numbers, **constant, **blocks)
-        return
-    rounded = tuple(power_of_two(size) if size else 0 for size in sizes)
-    tuned = _tuned(name, shapes, rounded, q.dtype, tuple(constant.items()), capability(q))
+    """Run a kernel in the fastest of its shapes, found at the first call with about the same sizes.
 
-    def grid(chosen: dict[str, Any]) -> tuple[int]:
-        return (programs(Shape(chosen["BLOCK_Q"], chosen.get("BLOCK_K", 1), 0, 0)),)
+    ``more`` is what the description depends on besides the tensors.
+    """
 
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        tuned[grid](*tensors, *numbers, **constant, **FUSED)
+    def through_triton() -> Described | None:
+        described, kernel = describe(), _kernel(name)
+        if not described.programs(described.shapes[0]):
+            return None
+        constant = {key: value for key, value in described.constant.items() if key in kernel.arg_names}
+        if is_interpreted(kernel):
+            shape = described.shapes[0]
+            return Described(
+                kernel, (described.programs(shape),), described.numbers, constant | blocks_of(kernel, shape)
+            )
+        rounded = tuple(power_of_two(size) if size else 0 for size in described.sizes)
+        q = tensors[0]
+        assert q is not None
+        tuned = _tuned(name, described.shapes, rounded, q.dtype, tuple(constant.items()), capability(q))
+
+        def grid(chosen: dict[str, Any]) -> tuple[int]:
+            return (described.programs(Shape(chosen["BLOCK_Q"], chosen.get("BLOCK_K", 1), 0, 0)),)
+
+        return Described(tuned, grid, described.numbers, constant | FUSED)
+
+    launch((name, more), tensors, through_triton)
 
 
 def blocks_of(kernel: Any, shape: Shape) -> dict[str, int]:
