@@ -179,6 +179,9 @@ def fastkmeans_on_gpu(x: Tensor, start: Tensor, count: int) -> Tensor:
     """Below its public method, which takes NumPy arrays and would copy all tokens to the GPU in every iteration."""
     from fastkmeans.kmeans import HAS_TRITON, _kmeans_torch_double_chunked
 
+    # Its kernel also looks at the rest of the last block of centres, which is whatever the memory holds: labels beyond
+    # the last centre then break the whole process (fastkmeans 0.5.0).
+    whole_blocks = start.shape[1] % (128 if start.shape[2] <= 384 else 64) == 0
     centers = []
     for tokens, own in zip(x, start, strict=True):
         torch.manual_seed(SEED)
@@ -192,7 +195,7 @@ def fastkmeans_on_gpu(x: Tensor, start: Tensor, count: int) -> Tensor:
             tol=-1.0,
             chunk_size_data=51_200,  # as its public method
             max_points_per_centroid=None,
-            use_triton=HAS_TRITON,
+            use_triton=HAS_TRITON and whole_blocks,
         )
         centers.append(found)
     return torch.stack(centers).to(x.device)

@@ -16,6 +16,8 @@ Work = Callable[[int], Any]
 
 # More than any last-level cache holds, for the sweep that empties a GPU's.
 FLUSH_BYTES = 256 << 20
+# So often it is swept: half a millisecond on a fast GPU, in which the host can queue what follows.
+SWEEPS = 6
 
 
 def take_turns(
@@ -63,7 +65,8 @@ class EventClock:
         begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(self.device)
         # The sweep is still running while the host queues what follows: short work does not wait for the host.
-        self.swept.fill_(number % 2 + 1)
+        for _ in range(SWEEPS):
+            self.swept.fill_(number % 2 + 1)
         begun.record()
         work(number)
         ended.record()

@@ -344,13 +344,11 @@ def _has_cupy() -> bool:
 
 @functools.cache
 def _gpu(device: int) -> Gpu:
-    import cupy
-
-    attributes = cupy.cuda.Device(device).attributes
+    properties: Any = torch.cuda.get_device_properties(device)
     return Gpu(
-        multiprocessors=attributes["MultiProcessorCount"],
-        shared_memory_per_block=attributes["MaxSharedMemoryPerBlockOptin"],
-        bulk_copies=attributes["ComputeCapabilityMajor"] >= 9,
+        multiprocessors=properties.multi_processor_count,
+        shared_memory_per_block=properties.shared_memory_per_block_optin,
+        bulk_copies=properties.major >= 9,
     )
 
 
@@ -369,7 +367,8 @@ def _cupy_stream(stream: torch.cuda.Stream) -> Any:
     """CuPy's view of torch's stream."""
     import cupy
 
-    if hasattr(cupy.cuda.Stream, "from_external"):  # CuPy 14 and later, where the other is deprecated
+    # CuPy 14 and later, where the other is deprecated; it wants a protocol that not every torch knows.
+    if hasattr(cupy.cuda.Stream, "from_external") and hasattr(stream, "__cuda_stream__"):
         return cupy.cuda.Stream.from_external(stream)
     return cupy.cuda.ExternalStream(stream.cuda_stream, stream.device_index)
 
