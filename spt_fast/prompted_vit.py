@@ -16,12 +16,54 @@ from torch import Tensor, nn
 from spt_fast.backbones import check_backbone
 from spt_fast.errors import InputError
 from spt_fast.pooling import Pool, reads_prefix_only
-from spt_fast.prompted_block import prompt_keys_values, prompted_block
+from spt_fast.prompted_block import PromptKeysValues, prompt_keys_values, prompted_block
 from spt_fast.prototypes import Prototypes
 from spt_fast.tuned_vit import TunedViT
 
 
-class PromptedViT(TunedViT):
+class DeepPromptedViT(TunedViT):
+    """What methods with prompts before every block have in common; they override :meth:`block_prompts`.
+
+    See :class:`~spt_fast.tuned_vit.TunedViT` for the arguments.
+    """
+
+    takes_prompts: ClassVar[bool] = True
+
+    def encode(self, images: Tensor, *, every_token: bool) -> tuple[Tensor, Tensor | None]:
+        """Eq. 6/13. Returns the image's own tokens, of the last block only those that are read, and the last block's
+        prompt outputs where the pooling reads them."""
+        x = self.embed(images)
+        last = len(self.backbone.blocks) - 1
+        for index in range(last):
+            x = self._run(index, x, self.block_prompts(index, x))
+        prompts = self.block_prompts(last, x)
+        num_tokens = x.shape[1]
+        if self.pool == "avg_with_prompts":
+            x = self._run(last, x, prompts, torch.cat([x, prompts.expand(x.shape[0], -1, -1)], dim=1))
+            return x[:, :num_tokens], x[:, num_tokens:]
+        if not every_token and reads_prefix_only(self.backbone, self.pool):
+            return self._run(last, x, prompts, x[:, : self.backbone.num_prefix_tokens]), None
+        return self._run(last, x, prompts), None
+
+    def block_prompts(self, index: int, x: Tensor) -> Tensor:
+        """The prompts of a block in the dtype of ``x``, the tokens ``[B, N, D]`` that enter it: ``[P, D]``, or
+        ``[B, P, D]`` where they differ between images."""
+        raise NotImplementedError
+
+    def block_keys_values(self, index: int, block: Any, prompts: Tensor) -> PromptKeysValues:
+        """What the tokens of a block attend to beside each other; called with the block's weights in place."""
+        return prompt_keys_values(block, prompts)
+
+    def _run(self, index: int, x: Tensor, prompts: Tensor, queries: Tensor | None = None) -> Tensor:
+        return self.run_block(self._prompted_block, self.backbone.blocks[index], x, prompts, queries, index)
+
+    def _prompted_block(
+        self, block: Any, x: Tensor, prompts: Tensor, queries: Tensor | None, index: int
+    ) -> Tensor:
+        return prompted_block(block, x, self.block_keys_values(index, block, prompts), queries=queries)
+
+
+class PromptedViT(DeepPromptedViT):
     """A frozen timm ViT with learnable prompts (SPT, VPT) and a linear classifier.
 
     Args:
@@ -54,7 +96,6 @@ class PromptedViT(TunedViT):
     """
 
     name: ClassVar[str] = "prompted"
-    takes_prompts: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -68,15 +109,11 @@ class PromptedViT(TunedViT):
         checkpoint_blocks: bool = False,
     ) -> None:
         check_backbone(backbone)
-        values = prompts.values if isinstance(prompts, Prototypes) else prompts
-        _check_prompts(values, backbone)
+        values = prompt_values(prompts, backbone)
         if not 0 <= prompt_dropout < 1:
             raise InputError(f"prompt_dropout must be in [0, 1), got {prompt_dropout}")
         super().__init__(backbone, num_classes=num_classes, pool=pool, checkpoint_blocks=checkpoint_blocks)
-        dtype = torch.promote_types(values.dtype, torch.float32)
-        self.prompts = nn.Parameter(
-            values.detach().to(self.device, dtype, copy=True), requires_grad=train_prompts
-        )
+        self.prompts = nn.Parameter(values.to(self.device, copy=True), requires_grad=train_prompts)
         self.prompt_dropout = nn.Dropout(prompt_dropout)
 
     @property
@@ -94,51 +131,29 @@ class PromptedViT(TunedViT):
         return {"train_prompts": self.prompts.requires_grad, "prompt_dropout": self.prompt_dropout.p}
 
     def encode(self, images: Tensor, *, every_token: bool) -> tuple[Tensor, Tensor | None]:
-        x = self.embed(images)
-        return self._deep(x, every_token) if self.deep else self._shallow(x)
+        if self.deep:
+            return super().encode(images, every_token=every_token)
+        return self._shallow(self.embed(images))
 
-    def _deep(self, x: Tensor, every_token: bool) -> tuple[Tensor, Tensor | None]:
-        """Eq. 6/13. Returns the image's own tokens, of the last block only those that are read, and the last block's
-        prompt outputs where the pooling reads them."""
-        *blocks, last = self.backbone.blocks
-        for block, prompts in zip(blocks, self.prompts, strict=False):
-            x = self._run(block, x, self._block_prompts(prompts, x))
-        prompts = self._block_prompts(self.prompts[-1], x)
-        num_tokens = x.shape[1]
-        if self.pool == "avg_with_prompts":
-            x = self._run(last, x, prompts, torch.cat([x, prompts.expand(x.shape[0], -1, -1)], dim=1))
-            return x[:, :num_tokens], x[:, num_tokens:]
-        if not every_token and reads_prefix_only(self.backbone, self.pool):
-            return self._run(last, x, prompts, x[:, : self.backbone.num_prefix_tokens]), None
-        return self._run(last, x, prompts), None
+    def block_prompts(self, index: int, x: Tensor) -> Tensor:
+        prompts = self.prompts[index]
+        if self.training and self.prompt_dropout.p > 0:
+            prompts = self.prompt_dropout(prompts.expand(x.shape[0], -1, -1))
+        return prompts.to(x.dtype)
 
     def _shallow(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Eq. 4-5/11-12: prompts are ordinary rows of the sequence all the way, so none of theirs can be left out.
         They stand behind the others: attention does not look at the order of its rows."""
         num_tokens = x.shape[1]
-        x = torch.cat([x, self._block_prompts(self.prompts[0], x).expand(x.shape[0], -1, -1)], dim=1)
+        x = torch.cat([x, self.block_prompts(0, x).expand(x.shape[0], -1, -1)], dim=1)
         for block in self.backbone.blocks:
-            x = self._run(block, x)
+            x = self.run_block(prompted_block, block, x)
         return x[:, :num_tokens], x[:, num_tokens:]
 
-    def _run(
-        self, block: nn.Module, x: Tensor, prompts: Tensor | None = None, queries: Tensor | None = None
-    ) -> Tensor:
-        return self.run_block(_block_with_prompts, block, x, prompts, queries)
 
-    def _block_prompts(self, prompts: Tensor, x: Tensor) -> Tensor:
-        """Prompts of one block as it takes them: ``[P, D]``, or ``[B, P, D]`` where dropout makes them differ."""
-        if self.training and self.prompt_dropout.p > 0:
-            prompts = self.prompt_dropout(prompts.expand(x.shape[0], -1, -1))
-        return prompts.to(x.dtype)
-
-
-def _block_with_prompts(block: Any, x: Tensor, prompts: Tensor | None, queries: Tensor | None) -> Tensor:
-    keys_values = None if prompts is None else prompt_keys_values(block, prompts)
-    return prompted_block(block, x, keys_values, queries=queries)
-
-
-def _check_prompts(values: Tensor, backbone: VisionTransformer) -> None:
+def prompt_values(prompts: Prototypes | Tensor, backbone: VisionTransformer) -> Tensor:
+    """What prompts start from, checked, as float32 unless it is float64."""
+    values = prompts.values if isinstance(prompts, Prototypes) else prompts
     if not isinstance(values, Tensor) or not values.is_floating_point():
         raise InputError(
             f"prompts must be Prototypes or a floating point tensor, got {type(values).__name__}"
@@ -156,3 +171,4 @@ def _check_prompts(values: Tensor, backbone: VisionTransformer) -> None:
         )
     if not torch.isfinite(values).all():
         raise InputError("prompts hold NaN or infinite values")
+    return values.detach().to(torch.promote_types(values.dtype, torch.float32))

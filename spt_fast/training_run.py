@@ -150,8 +150,8 @@ class TrainingRun:
         # How images are decoded and how often the state is saved leave no trace in the result.
         free = ("num_workers", "checkpoint_minutes", "snapshot_interval")
         record = {
-            **{name: value for name, value in asdict(self.config).items() if name not in free},
             "method": model.name,
+            **{name: value for name, value in asdict(self.config).items() if name not in free},
             **model.options,
             **{name: list(value.shape) for name, value in model.task_state().items() if name not in HEAD},
             "pool": model.pool,

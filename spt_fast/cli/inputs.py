@@ -26,7 +26,9 @@ from spt_fast.feeding import prototype_loader, skipped_by_all, workers_for
 from spt_fast.low_precision import WeightDtype, check_weight_dtype
 from spt_fast.multi_task_vit import MultiTaskViT
 from spt_fast.progress import Progress
+from spt_fast.prompted_vit import PromptedViT
 from spt_fast.prototypes import Prototypes
+from spt_fast.separate_tasks import SeparateTasks
 from spt_fast.token_store import Budget
 from spt_fast.tuned_vit import TunedViT
 
@@ -54,7 +56,10 @@ def open_backbone(
         check_weight_dtype(weight_dtype, chosen)
     # A backbone without weights of its own is random; the same seed makes the same one again.
     torch.manual_seed(seed)
-    arguments = parse_pairs(pairs or [])
+    arguments = parse_pairs("--model-kwarg", pairs or [])
+    for key in arguments.keys() & {"name", "checkpoint", "pretrained", "weight_dtype"}:
+        option = "model" if key == "name" else key.replace("_", "-")
+        raise InputError(f"--model-kwarg {key} has an option of its own, --{option}")
     backbone = load_backbone(
         name, checkpoint=checkpoint, pretrained=pretrained, weight_dtype=weight_dtype, **arguments
     )
@@ -63,16 +68,13 @@ def open_backbone(
     return backbone.to(chosen)
 
 
-def parse_pairs(pairs: list[str]) -> dict[str, Any]:
+def parse_pairs(option: str, pairs: list[str]) -> dict[str, Any]:
     """``["img_size=32", "global_pool=avg"]`` as keyword arguments; values are json where they can be."""
     parsed: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key.isidentifier():
-            raise InputError(f"--model-kwarg must be KEY=VALUE, got {pair!r}")
-        if key in ("name", "checkpoint", "pretrained", "weight_dtype"):
-            option = "model" if key == "name" else key.replace("_", "-")
-            raise InputError(f"--model-kwarg {pair} has an option of its own, --{option}")
+            raise InputError(f"{option} must be KEY=VALUE, got {pair!r}")
         try:
             parsed[key] = json.loads(value)
         except json.JSONDecodeError:
@@ -185,23 +187,24 @@ def open_trained(
     """The model of an adapter file, and the transform for the images it judges."""
     chosen = choose_device(device)
     adapter = Adapter.load(path)
-    model = adapter.attach(_backbone_of(adapter, checkpoint)).to(chosen)
-    return model, make_transform(**_settings_of(adapter, model.backbone), train=False)
+    model = adapter.attach(backbone_of(adapter, checkpoint)).to(chosen)
+    return model, make_transform(**settings_of(adapter, model.backbone), train=False)
 
 
 def open_tasks(
     paths: list[Path], checkpoint: str | None, device: str
-) -> tuple[MultiTaskViT, dict[str, Callable[[Any], torch.Tensor]]]:
+) -> tuple[MultiTaskViT | SeparateTasks, dict[str, Callable[[Any], torch.Tensor]]]:
     """One model of several adapter files of one backbone, and for each of its tasks the transform for the images it
     judges: the same object where the settings are the same."""
     chosen = choose_device(device)
     adapters = dict(zip(_task_names(paths), map(Adapter.load, paths), strict=True))
-    backbone = _backbone_of(next(iter(adapters.values())), checkpoint).to(chosen)
-    model = MultiTaskViT(backbone, adapters)
+    backbone = backbone_of(next(iter(adapters.values())), checkpoint).to(chosen)
+    share = all(adapter.method == PromptedViT.name for adapter in adapters.values())
+    model = MultiTaskViT(backbone, adapters) if share else SeparateTasks(backbone, adapters).eval()
     known: dict[str, Callable[[Any], torch.Tensor]] = {}
     transforms = {}
     for name, adapter in adapters.items():
-        settings = _settings_of(adapter, backbone)
+        settings = settings_of(adapter, backbone)
         key = json.dumps(settings, sort_keys=True)
         transforms[name] = known.setdefault(key, make_transform(**settings, train=False))
     return model, transforms
@@ -217,7 +220,7 @@ def _task_names(paths: list[Path]) -> list[str]:
     return names
 
 
-def _backbone_of(adapter: Adapter, checkpoint: str | None) -> VisionTransformer:
+def backbone_of(adapter: Adapter, checkpoint: str | None) -> VisionTransformer:
     if checkpoint is not None:
         adapter.config["backbone"]["source"]["checkpoint"] = checkpoint
     # As in training: what is random about the backbone follows from the seed.
@@ -225,6 +228,6 @@ def _backbone_of(adapter: Adapter, checkpoint: str | None) -> VisionTransformer:
     return adapter.load_backbone()
 
 
-def _settings_of(adapter: Adapter, backbone: VisionTransformer) -> dict[str, Any]:
+def settings_of(adapter: Adapter, backbone: VisionTransformer) -> dict[str, Any]:
     """What the images of an adapter must look like: the arguments of ``make_transform``."""
     return {"recipe": "vtab", **image_settings(backbone), **adapter.config.get("images", {})}

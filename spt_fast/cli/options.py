@@ -10,6 +10,7 @@ import typer
 from spt_fast.building import Depth, Layers, Method
 from spt_fast.cli.chosen_recipe import apply_recipe
 from spt_fast.low_precision import WeightDtype
+from spt_fast.methods import METHODS
 from spt_fast.optimizer import LearningRateScale
 from spt_fast.tokens import Capture
 from spt_fast.training_config import Dtype
@@ -92,6 +93,28 @@ CheckpointMinutesOption = Annotated[
 ]
 
 # The model and its training.
+TuningMethodOption = Annotated[
+    str,
+    typer.Option(
+        "--method",
+        metavar="NAME",
+        help=f"What is tuned: {', '.join(METHODS)}. The name of a start stands for SPT with it.",
+    ),
+]
+InitOption = Annotated[
+    Method | None,
+    typer.Option(
+        help="What prompts start from; as the method was published if not given.", show_default=False
+    ),
+]
+MethodOptionOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method-option",
+        metavar="KEY=VALUE",
+        help="Argument of the method, e.g. rank=8 for lora; may be repeated.",
+    ),
+]
 PoolOption = Annotated[
     PoolChoice, typer.Option(help="What the head sees; timm: the model's own pooling. MAE is used with avg.")
 ]

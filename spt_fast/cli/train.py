@@ -11,7 +11,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 import spt_fast
 from spt_fast.backbones import image_settings
-from spt_fast.cli.chosen_recipe import chosen, warn_of_counts, warn_of_untried, was_given, weights_for
+from spt_fast.cli.chosen_method import choose_method
+from spt_fast.cli.chosen_recipe import chosen, warn_of_counts, warn_of_untried, weights_for
 from spt_fast.cli.inputs import (
     build_from,
     check_folder,
@@ -34,14 +35,14 @@ from spt_fast.cli.options import (
     FractionOption,
     FreezePromptsOption,
     ImageCacheOption,
+    InitOption,
     JsonOption,
     LayersOption,
     LayoutOption,
     LrScaleOption,
-    MethodOption,
+    MethodOptionOption,
     ModelKwargOption,
     ModelOption,
-    NumPromptsOption,
     PoolOption,
     PretrainedOption,
     PromptDropoutOption,
@@ -50,6 +51,7 @@ from spt_fast.cli.options import (
     SeedOption,
     Split,
     StrictOption,
+    TuningMethodOption,
     WarmupEpochsOption,
     WeightDtypeOption,
     WorkersOption,
@@ -60,10 +62,12 @@ from spt_fast.devices import choose_device
 from spt_fast.distributed import process_group
 from spt_fast.errors import InputError
 from spt_fast.low_precision import WeightDtype
+from spt_fast.methods import build_model
 from spt_fast.progress import Progress, progress_bar
 from spt_fast.sharding import shard_blocks
 from spt_fast.training import training_dtype
 from spt_fast.training_config import Dtype, TrainingConfig
+from spt_fast.tuned_vit import TunedViT
 
 
 def train(
@@ -85,8 +89,12 @@ def train(
     prompts: Annotated[
         Path | None, typer.Option(help="Prototypes from `spt-fast prototypes`, instead of building them now.")
     ] = None,
-    method: MethodOption = "kmeans",
-    num_prompts: NumPromptsOption = 20,
+    method: TuningMethodOption = "spt_deep",
+    method_option: MethodOptionOption = None,
+    init: InitOption = None,
+    num_prompts: Annotated[
+        int | None, typer.Option(help="Prompt tokens per block: 20 deep, 100 shallow if not given.")
+    ] = None,
     depth: DepthOption = "deep",
     layers: LayersOption = "same",
     data_fraction: FractionOption = 1.0,
@@ -98,12 +106,16 @@ def train(
     epochs: EpochsOption = TrainingConfig.epochs,
     warmup_epochs: WarmupEpochsOption = None,
     batch_size: Annotated[int, typer.Option(help="Images per step and process.")] = TrainingConfig.batch_size,
-    learning_rate: Annotated[float, typer.Option("--lr", help="Base rate.")] = TrainingConfig.learning_rate,
+    learning_rate: Annotated[
+        float | None, typer.Option("--lr", help="Base rate; what suits the method if not given.")
+    ] = None,
     lr_scale: LrScaleOption = TrainingConfig.lr_scale,
     min_learning_rate: Annotated[
         float, typer.Option("--min-lr", help="Where the cosine ends.")
     ] = TrainingConfig.min_learning_rate,
-    weight_decay: Annotated[float, typer.Option(help="Of the prompts.")] = TrainingConfig.weight_decay,
+    weight_decay: Annotated[
+        float, typer.Option(help="Of prompts, and of matrices that a method adds.")
+    ] = TrainingConfig.weight_decay,
     head_weight_decay: Annotated[float, typer.Option(help="Of the head.")] = TrainingConfig.head_weight_decay,
     label_smoothing: Annotated[float, typer.Option(help="Of the cross-entropy.")] = 0.0,
     mixup: Annotated[float, typer.Option(help="Alpha of mixup; 0 is off.")] = 0.0,
@@ -124,30 +136,40 @@ def train(
     workers: WorkersOption = None,
     strict: StrictOption = False,
     checkpoint_minutes: CheckpointMinutesOption = TrainingConfig.checkpoint_minutes,
+    snapshot_interval: Annotated[
+        int | None,
+        typer.Option(help="Keep the adapters of the start and of every so many epochs in OUTPUT/snapshots."),
+    ] = None,
     resume: ResumeOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in OUTPUT.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train prompts and head on a folder of images, the backbone staying frozen."""
+    """Train prompts and head, or what another method adds, on a folder of images; the backbone stays frozen."""
+    if resume and overwrite:
+        raise typer.BadParameter("--resume goes on with the earlier run and --overwrite replaces it")
+    tuning = choose_method(
+        context,
+        prompts,
+        method=method,
+        init=init,
+        depth=depth,
+        num_prompts=num_prompts,
+        learning_rate=learning_rate,
+        method_option=method_option,
+    )
     wanted_start: dict[str, Any] = {
-        "method": method,
-        "num_prompts": num_prompts,
-        "depth": depth,
+        "method": tuning.init,
+        "num_prompts": tuning.num_prompts,
+        "depth": tuning.depth,
         "layers": layers,
         "data_fraction": data_fraction,
         "capture": capture,
     }
-    typed = [name for name in wanted_start if was_given(context, name)]
-    if prompts is not None and typed:
-        option = "--" + typed[0].replace("_", "-")
-        raise typer.BadParameter(f"--prompts are prototypes already; {option} says how to build them")
-    if resume and overwrite:
-        raise typer.BadParameter("--resume goes on with the earlier run and --overwrite replaces it")
     config = TrainingConfig(
         epochs=epochs,
         warmup_epochs=epochs // 10 if warmup_epochs is None else warmup_epochs,
         batch_size=batch_size,
-        learning_rate=learning_rate,
+        learning_rate=tuning.learning_rate,
         lr_scale=lr_scale,
         min_learning_rate=min_learning_rate,
         weight_decay=weight_decay,
@@ -161,6 +183,7 @@ def train(
         num_workers=workers,
         val_interval=val_interval,
         checkpoint_minutes=checkpoint_minutes,
+        snapshot_interval=snapshot_interval,
     )
     check_folder("--output", output)
     if image_cache is not None:
@@ -205,25 +228,27 @@ def train(
             opened = [train_images] if val_images is None else [train_images, val_images]
             warn_of_counts(named.dataset, data, layout, *opened)
 
-        given = None if prompts is None else spt_fast.Prototypes.load(prompts)
-
-        def prompted(start: spt_fast.Prototypes | torch.Tensor) -> spt_fast.PromptedViT:
+        def tuned(start: spt_fast.Prototypes | torch.Tensor | None) -> TunedViT:
             torch.manual_seed(seed)
-            return spt_fast.PromptedViT(
+            options = {**tuning.options, "checkpoint_blocks": checkpoint_blocks}
+            if tuning.method.depth is not None:
+                options |= {"train_prompts": not freeze_prompts, "prompt_dropout": prompt_dropout}
+            draws = start is None and tuning.method.depth is not None
+            return build_model(
+                tuning.name,
                 backbone,
-                start,
                 num_classes=len(train_images.classes),
+                prompts=start,
+                num_prompts=tuning.num_prompts if draws else None,
                 pool=None if pool == "timm" else pool,
-                train_prompts=not freeze_prompts,
-                prompt_dropout=prompt_dropout,
-                checkpoint_blocks=checkpoint_blocks,
+                **options,
             )
 
         def build() -> spt_fast.Prototypes:
             built, _ = build_from(
                 backbone,
                 images(split, train=False),
-                **{**wanted_start, "num_prompts": [num_prompts]},
+                **{**wanted_start, "num_prompts": [tuning.num_prompts]},
                 seed=seed,
                 batch_size=batch_size,
                 workers=workers,
@@ -231,22 +256,28 @@ def train(
                 checkpoint=output / "prompts.partial",
                 resume=resume,
             )
-            return built[num_prompts]
+            return built[tuning.num_prompts]
 
+        starts = tuning.given is not None or tuning.init is not None
+        rows = len(backbone.blocks) if tuning.depth == "deep" else 1
         # Options that do not go together are found here, not after the prototypes have been built.
-        prompted(given or torch.zeros(1, 1, backbone.embed_dim))
-        start = start_of_run(output, given, {**wanted_start, "seed": seed}, build, resume=resume)
-        warn_of_other_backbone(start, backbone)
+        tuned(tuning.given or torch.zeros(rows, 1, backbone.embed_dim) if starts else None)
+        metadata: dict[str, Any] = {"method": tuning.name}
+        start = None
+        if starts:
+            start = start_of_run(output, tuning.given, {**wanted_start, "seed": seed}, build, resume=resume)
+            warn_of_other_backbone(start, backbone)
+            metadata["start"] = start.metadata
         transform = train_images.recipe if recipe == "auto" else recipe
         trained = spt_fast.train(
-            prompted(start),
+            tuned(start),
             train_images,
             val_images,
             output=output,
             config=config,
             resume=resume,
             overwrite=overwrite,
-            metadata={"start": start.metadata, "images": {"recipe": transform, **image_settings(backbone)}},
+            metadata={**metadata, "images": {"recipe": transform, **image_settings(backbone)}},
             progress=progress,
         )
     report_skipped("training", trained.skipped)
