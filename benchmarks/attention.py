@@ -84,7 +84,7 @@ def main(
             )
         gpu = chosen.type == "cuda"
         for name in model or (list(SHAPES)[1:] if gpu else ["vit_base_patch16_224"]):
-            for batch in batch_size or ([64, 256] if gpu else [8]):
+            for batch in batch_size or [64 if gpu else 8]:
                 for prompts in num_prompts or [20, 100, 200]:
                     if not record.may_begin():
                         return

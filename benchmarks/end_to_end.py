@@ -43,6 +43,7 @@ from benchmarks.command import (
 )
 from benchmarks.prototypes import MODELS, block_tokens, build_limit, scikit_learn
 from benchmarks.prototypes import TOLERANCE as WORSE_CLUSTERS
+from benchmarks.random_backbone import load_on
 from benchmarks.record import RESULTS, Record, Row
 from benchmarks.summary import middle
 from benchmarks.timing import synchronized_seconds, take_turns
@@ -55,7 +56,6 @@ from spt_fast import (
     TrainingConfig,
     TrainingResult,
     build_prototypes,
-    load_backbone,
     train,
 )
 from spt_fast.backbones import image_settings
@@ -154,7 +154,7 @@ def main(
         torch.manual_seed(0)
         setup = Setup(
             name,
-            load_backbone(name, **arguments).to(chosen),
+            load_on(chosen, name, **arguments),
             sizes,
             Path(folder),
             workers or min(MOST_WORKERS, os.cpu_count() or 1),

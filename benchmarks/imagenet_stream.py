@@ -27,11 +27,12 @@ from benchmarks.ceilings import Ceilings
 from benchmarks.command import DeviceOption, MinutesOption, ResultsOption, console, measuring, show
 from benchmarks.naming import counted
 from benchmarks.prototypes import MODELS, TOLERANCE, block_tokens, build_limit
+from benchmarks.random_backbone import load_on
 from benchmarks.record import RESULTS, Record, Row
 from benchmarks.streaming import MEMORY
 from benchmarks.summary import middle
 from benchmarks.timing import synchronized_seconds
-from spt_fast import Prototypes, build_prototypes, load_backbone
+from spt_fast import Prototypes, build_prototypes
 from spt_fast.backbones import image_settings
 from spt_fast.devices import choose_device
 from spt_fast.kernels import kmeans_step
@@ -74,7 +75,7 @@ def main(
         if model is not None:
             name, arguments = model, {}
         torch.manual_seed(0)
-        backbone = load_backbone(name, **arguments).to(chosen)
+        backbone = load_on(chosen, name, **arguments)
         if chosen.type == "cuda":
             backbone = backbone.to(torch.bfloat16)
         size = image_settings(backbone)["image_size"]

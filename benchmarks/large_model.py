@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from benchmarks.ceilings import Ceilings
 from benchmarks.command import DeviceOption, MinutesOption, ResultsOption, measuring, show
 from benchmarks.memory import peak_tensor_bytes
+from benchmarks.random_backbone import load_on
 from benchmarks.record import RESULTS, Record, Row
 from benchmarks.summary import middle
 from benchmarks.timing import Work, take_turns
 from benchmarks.train_step import TOLERANCE, step_limit
 from benchmarks.train_step_ways import CLASSES, NAIVE, OURS, Task, expected_outcome, prepare
-from spt_fast import PromptedViT, load_backbone
+from spt_fast import PromptedViT
 from spt_fast.devices import choose_device
 from spt_fast.optimizer import PromptAdamW
 from spt_fast.training import training_dtype
@@ -187,7 +188,7 @@ def with_peak(contender: Contender, task: Task) -> tuple[Callable[[], Any], int]
 def made_task(case: Row, shape: Row, device: torch.device) -> Task:
     """Random weights, prompts, images and labels; what a step costs does not depend on them."""
     torch.manual_seed(0)
-    backbone = load_backbone(case["model"], **shape).to(device)
+    backbone = load_on(device, case["model"], **shape)
     images = case["batch_size"]
     return Task(
         backbone,

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from benchmarks.command import DeviceOption, MinutesOption, ResultsOption, RoundsOption, measuring, show
 from benchmarks.naive_vpt import naive_forward
+from benchmarks.random_backbone import load_on
 from benchmarks.record import RESULTS
 from benchmarks.timing import rotated, take_turns
-from spt_fast import MultiTaskViT, PromptedViT, load_backbone
+from spt_fast import MultiTaskViT, PromptedViT
 from spt_fast.devices import choose_device
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -49,12 +50,12 @@ def main(
     with measuring("multi_task", context, device, results, minutes, **settings) as (record, _):
         chosen = choose_device(device)
         torch.manual_seed(0)
-        full = load_backbone(model).to(chosen)
+        full = load_on(chosen, model)
         images = torch.randn(batch_size, 3, *full.patch_embed.img_size, device=chosen)
         names = [f"task {number}" for number in torch.randint(tasks, (batch_size,)).tolist()]
         shape = (len(full.blocks), num_prompts, full.embed_dim)
         starts = {f"task {number}": torch.randn(shape, device=chosen) for number in range(tasks)}
-        backbone = load_backbone(model).to(chosen)
+        backbone = load_on(chosen, model)
         backbone.load_state_dict(full.state_dict())
         backbone.to(torch.bfloat16)
         alone = {

@@ -9,12 +9,12 @@ import torch
 
 from benchmarks.timing import synchronized_seconds
 
-# The counter moves in steps of tens of milliseconds; over this long they no longer matter.
-SECONDS = 1.0
+# The counter moves in steps of tens of milliseconds; over this long they are a few percent.
+SECONDS = 0.5
 
 
 def joules(device: torch.device, work: Callable[[], Any]) -> float | None:
-    """The energy of one call of ``work``, averaged over a second of calls; ``None`` where nobody counts it."""
+    """The energy of one call of ``work``, averaged over half a second of calls; ``None`` where nobody counts it."""
     counter = energy_counter(device)
     if counter is None:
         return None

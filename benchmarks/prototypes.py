@@ -27,9 +27,10 @@ from torchvision.transforms.functional import normalize, resize
 
 from benchmarks.ceilings import Ceilings, Limit, name_of
 from benchmarks.command import DeviceOption, MinutesOption, ResultsOption, measuring, show
+from benchmarks.random_backbone import load_on
 from benchmarks.record import RESULTS, Record, Row
 from benchmarks.timing import synchronized_seconds
-from spt_fast import Prototypes, build_prototypes, load_backbone
+from spt_fast import Prototypes, build_prototypes
 from spt_fast.backbones import image_settings
 from spt_fast.building import Method
 from spt_fast.devices import choose_device
@@ -95,10 +96,10 @@ def main(
         name, arguments, batch = MODELS[chosen.type]
         if model is not None:
             name, arguments = model, {}
-        backbone = load_backbone(name, **arguments).to(chosen)
+        backbone = load_on(chosen, name, **arguments)
         if chosen.type == "cuda":
             backbone = backbone.to(torch.bfloat16)
-        batches = cropped_photographs(images, batch, **image_settings(backbone))
+        batches = cropped_photographs(images, batch, chosen, **image_settings(backbone))
         common = {"model": name, "images": images, "num_prompts": num_prompts}
         build(backbone, batches[:1], "kmeans", num_prompts, 1.0)  # warm-up
         judge = Judge(backbone, batches, num_prompts)
@@ -111,11 +112,22 @@ def main(
 
 
 def cropped_photographs(
-    count: int, batch: int, *, image_size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
+    count: int,
+    batch: int,
+    device: torch.device,
+    *,
+    image_size: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
 ) -> list[Tensor]:
-    """Normalised ``[batch, 3, H, W]``: random crops of different sizes out of two photographs, some mirrored."""
+    """Normalised ``[batch, 3, H, W]``: random crops of different sizes out of two photographs, some mirrored.
+
+    They are made on the device and kept by the host.
+    """
     generator = np.random.default_rng(0)
-    photographs = [torch.from_numpy(np.array(each)).permute(2, 0, 1) for each in load_sample_images().images]
+    photographs = [
+        torch.from_numpy(np.array(each)).permute(2, 0, 1).to(device) for each in load_sample_images().images
+    ]
 
     def crop() -> Tensor:
         photograph = photographs[generator.integers(len(photographs))]
@@ -125,7 +137,7 @@ def cropped_photographs(
         part = resize(photograph[:, top : top + side, left : left + side], list(image_size), antialias=True)
         return part.flip(2) if generator.random() < 0.5 else part
 
-    pixels = torch.stack([crop() for _ in range(count)])
+    pixels = torch.stack([crop() for _ in range(count)]).cpu()
     return [normalize(part.float() / 255, list(mean), list(std)) for part in pixels.split(batch)]
 
 
