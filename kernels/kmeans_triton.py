@@ -9,17 +9,16 @@ No atomics, and programs' sums are added in a fixed order: results repeat bit fo
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import triton_device
 from .kmeans_torch import common_offset
 from .triton_device import capability, is_interpreted, power_of_two, processors
+from .triton_launch import Described, launch
 
 # Tensor cores cut sums off instead of rounding them: over more tiles a program's would lose float32's last digits.
 MOST_TILES = 64
@@ -76,11 +75,13 @@ def kmeans_step(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "step_kernel",
         layers * slots,
         config,
-        x,
-        *split_centroids(x, centroids, config.piece),
-        partial_sums,
-        partial_counts,
-        partial_inertia,
+        (
+            x,
+            *split_centroids(x, centroids, config.piece),
+            partial_sums,
+            partial_counts,
+            partial_inertia,
+        ),
         num_tokens,
         k,
         slots,
@@ -108,10 +109,7 @@ def kmeans_assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
             "assign_kernel",
             layers * tiles,
             config,
-            x,
-            *split_centroids(x, centroids, config.piece),
-            labels,
-            sq_distances,
+            (x, *split_centroids(x, centroids, config.piece), labels, sq_distances),
             num_tokens,
             k,
             tiles,
@@ -131,10 +129,7 @@ def _sums_by_label(x: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
         "accumulate_kernel",
         layers * slots * slices,
         config,
-        x,
-        labels,
-        partial_sums,
-        partial_counts,
+        (x, labels, partial_sums, partial_counts),
         num_tokens,
         k,
         slots,
@@ -234,53 +229,47 @@ def split_centroids(
     are multiplied as they are, so the offset's share goes into the constant. ``c`` is then what its two terms say:
     scores are distances to that point, and their error in a cluster's inertia is of second order.
     """
-    offset = common_offset(x, centroids)
-    shifted = centroids.double() - offset[:, None].double()
-    if x.dtype == torch.float32:
-        split = shifted.float()[:, :, None]
-        points = split[:, :, 0].double()
-        constant = points.square().sum(dim=2)
-        factor = torch.full_like(constant, -2)
-    else:
-        # A power of two brings each centroid into float16's range.
-        exponent = torch.frexp(shifted.abs().amax(dim=2, keepdim=True)).exponent
-        scaled = torch.ldexp(shifted, -exponent)
-        high = scaled.to(x.dtype)
-        low = (scaled - high.double()).to(x.dtype)
-        split = torch.stack([high, low], dim=2)
-        points = torch.ldexp(high.double() + low.double(), exponent)
-        constant = (points * (points + 2 * offset[:, None].double())).sum(dim=2)
-        factor = torch.ldexp(torch.full_like(constant, -2), exponent[:, :, 0])
-    padding = (0, -x.shape[2] % piece)
-    return (
-        F.pad(split.flatten(1, 2), padding).contiguous(),
-        constant.float().contiguous(),
-        factor.float().contiguous(),
-        F.pad(offset, padding).contiguous(),
-        centroids.contiguous(),
-    )
+    (layers, k, width), half = centroids.shape, x.dtype != torch.float32
+    padded = -(-width // piece) * piece
+    count = 2 if half else 1
+    centroids = centroids.contiguous()
+    offset = common_offset(x, centroids).contiguous()
+    terms = x.new_empty(layers, k * count, padded)
+    constant, factor = centroids.new_empty(2, layers, k).unbind()
+    padded_offset = centroids.new_empty(layers, padded)
+
+    def describe() -> Described:
+        block = power_of_two(padded)
+        named = {"WIDTH": width, "PIECE": piece, "TERMS": count, "BLOCK": block}
+        return Described(_kernel("prepare_kernel"), (layers * k,), (k,), named | {"num_warps": 4})
+
+    launch(("prepare_kernel", piece), (centroids, offset, terms, constant, factor, padded_offset), describe)
+    return terms, constant, factor, padded_offset, centroids
 
 
-def _launch(kernel: str, programs: int, config: Config, x: Tensor, *arguments: Tensor | int) -> None:
-    from . import kmeans_triton_kernels as kernels
+def _launch(kernel: str, programs: int, config: Config, tensors: tuple[Tensor, ...], *numbers: int) -> None:
+    x = tensors[0]
 
-    unit = wide_reads(x)
-    layer_stride = x.stride(0) if len(x) > 1 else 0
-    token_stride = x.stride(1) if x.shape[1] > 1 else 0
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        getattr(kernels, kernel)[(programs,)](
-            x,
-            layer_stride // unit,
-            token_stride // unit,
-            x.stride(2),
-            *arguments,
-            **constants(kernel, config, x),
-            **options(config),
+    def describe() -> Described:
+        unit = wide_reads(x)
+        layer_stride = x.stride(0) if len(x) > 1 else 0
+        token_stride = x.stride(1) if x.shape[1] > 1 else 0
+        return Described(
+            _kernel(kernel),
+            (programs,),
+            (layer_stride // unit, token_stride // unit, x.stride(2), *numbers),
+            constants(kernel, config, x) | options(config),
         )
+
+    launch((kernel, programs, config, numbers), tensors, describe)
+
+
+def _kernel(name: str) -> Any:
+    # Imported here, so that a machine without Triton can import this module.
+    from . import kmeans_triton_kernels
+
+    return getattr(kmeans_triton_kernels, name)
 
 
 def _a_kernel() -> Any:
-    # Imported here, so that a machine without Triton can import this module.
-    from .kmeans_triton_kernels import step_kernel
-
-    return step_kernel
+    return _kernel("step_kernel")

@@ -19,6 +19,58 @@ from .triton_dot import dot
 
 
 @triton.jit
+def prepare_kernel(
+    centroids,  # [L, K, D]
+    offset,  # [L, D]
+    terms,  # [L, K * TERMS, padded D], the dtype of the tokens, written
+    constants,  # [L, K], written
+    factors,  # [L, K], written
+    padded_offset,  # [L, padded D], written
+    K,
+    WIDTH: tl.constexpr,
+    PIECE: tl.constexpr,
+    TERMS: tl.constexpr,
+    BLOCK: tl.constexpr,  # a power of two, at least padded D
+):
+    """Program ``layer * K + cluster`` writes what tokens are scored with (see ``split_centroids``), in float64."""
+    PADDED: tl.constexpr = (WIDTH + PIECE - 1) // PIECE * PIECE
+    program = tl.program_id(0).to(tl.int64)
+    layer = program // K
+    feature = tl.arange(0, BLOCK)
+    inside = feature < WIDTH
+    padded = feature < PADDED
+    origin = tl.load(offset + layer * WIDTH + feature, mask=inside, other=0.0)
+    if program % K == 0:
+        tl.store(padded_offset + layer * PADDED + feature, origin, mask=padded)
+    centroid = tl.load(centroids + program * WIDTH + feature, mask=inside, other=0.0)
+    away = centroid.to(tl.float64) - origin.to(tl.float64)
+    to = terms + program * (TERMS * PADDED) + feature
+    if TERMS == 1:
+        point = away.to(tl.float32)
+        tl.store(to, point, mask=padded)
+        wide = point.to(tl.float64)
+        constant = tl.sum(wide * wide, 0)
+        factor = tl.full([], -2.0, tl.float64)
+    else:
+        # A power of two brings the centroid into float16's range: the highest entry becomes 0.5 or more, but not 1.
+        highest = tl.max(tl.abs(away), 0)
+        exponent = ((highest.to(tl.int64, bitcast=True) >> 52) & 0x7FF) - 1022
+        exponent = tl.where(highest > 0, tl.minimum(tl.maximum(exponent, -1000), 1000), 0)
+        scale = ((1023 - exponent) << 52).to(tl.float64, bitcast=True)
+        back = ((1023 + exponent) << 52).to(tl.float64, bitcast=True)
+        scaled = away * scale
+        high = scaled.to(tl.float32).to(terms.dtype.element_ty)
+        low = (scaled - high.to(tl.float32).to(tl.float64)).to(tl.float32).to(terms.dtype.element_ty)
+        tl.store(to, high, mask=padded)
+        tl.store(to + PADDED, low, mask=padded)
+        point = (high.to(tl.float32).to(tl.float64) + low.to(tl.float32).to(tl.float64)) * back
+        constant = tl.sum(point * (point + 2.0 * origin.to(tl.float64)), 0)
+        factor = -2.0 * back
+    tl.store(constants + program, constant.to(tl.float32))
+    tl.store(factors + program, factor.to(tl.float32))
+
+
+@triton.jit
 def _read(rows, feature, stride_feature, inside, WIDTH: tl.constexpr, PIECE: tl.constexpr):
     """The piece ``feature`` [PIECE] of the tokens that start at ``rows`` [TILE, 1]; zero outside."""
     mask = inside[:, None] if WIDTH % PIECE == 0 else inside[:, None] & (feature < WIDTH)[None, :]
@@ -103,9 +155,6 @@ def _sq_distance(
 @triton.jit
 def step_kernel(
     x,  # [L, T, D]
-    layer_units,
-    token_units,
-    stride_feature,
     terms,  # [L, K * TERMS, padded D], the dtype of x
     constants,  # [L, K]
     factors,  # [L, K]
@@ -114,6 +163,9 @@ def step_kernel(
     partial_sums,  # [L, slots, K, D], written
     partial_counts,  # int32 [L, slots, K], written
     partial_inertia,  # float64 [L, slots], written
+    layer_units,
+    token_units,
+    stride_feature,
     T,
     K,
     slots,
@@ -200,9 +252,6 @@ def step_kernel(
 @triton.jit
 def assign_kernel(
     x,  # [L, T, D]
-    layer_units,
-    token_units,
-    stride_feature,
     terms,  # [L, K * TERMS, padded D], the dtype of x
     constants,  # [L, K]
     factors,  # [L, K]
@@ -210,6 +259,9 @@ def assign_kernel(
     centroids,  # [L, K, D]
     labels,  # int64 [L, T], written
     sq_distances,  # [L, T], written
+    layer_units,
+    token_units,
+    stride_feature,
     T,
     K,
     tiles,  # of one layer
@@ -270,12 +322,12 @@ def assign_kernel(
 @triton.jit
 def accumulate_kernel(
     x,  # [L, T, D]
-    layer_units,
-    token_units,
-    stride_feature,
     labels,  # int64 [L, T]
     partial_sums,  # [L, slots, K, D], written
     partial_counts,  # int32 [L, slots, K], written
+    layer_units,
+    token_units,
+    stride_feature,
     T,
     K,
     slots,

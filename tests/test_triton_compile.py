@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_compile import SHARED_MEMORY, check_fits, kmeans_resources
+from triton_compile import SHARED_MEMORY, check_fits, kmeans_resources, prepare_resources
 
 pytest.importorskip("triton")
 
@@ -57,3 +57,10 @@ def test_assign_and_accumulate(architecture: int, dtype: torch.dtype, wide: bool
     x = tokens(dtype, width, wide)
     check("assign_kernel", kmeans_triton.assign_config(width, 300, dtype, wide), x, architecture)
     check("accumulate_kernel", kmeans_triton.accumulate_config(width, 300, dtype, wide), x, architecture)
+
+
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+@pytest.mark.parametrize("dtype", [HALF, torch.float16, FLOAT])
+def test_prepare(architecture: int, dtype: torch.dtype) -> None:
+    took = prepare_resources(1408, dtype, architecture)
+    assert took.stack == 0 and took.registers > 16

@@ -56,6 +56,19 @@ def kmeans_resources(kernel_name: str, config: Any, x: Tensor, architecture: int
     return _resources(kernel, kind, constants, unaligned, kmeans_triton.options(config), architecture)
 
 
+def prepare_resources(width: int, dtype: torch.dtype, architecture: int) -> Resources:
+    """Compile the kernel that prepares centroids for tokens of a dtype."""
+    from spt_fast.kernels import kmeans_triton_kernels
+
+    constants = {"WIDTH": width, "PIECE": 64, "TERMS": 1 if dtype == torch.float32 else 2, "BLOCK": 2048}
+
+    def kind(name: str) -> str:
+        return "i32" if name == "K" else "*" + (ELEMENTS[dtype] if name == "terms" else "fp32")
+
+    kernel = kmeans_triton_kernels.prepare_kernel
+    return _resources(kernel, kind, constants, (), {"num_warps": 4}, architecture)
+
+
 def attention_resources(
     kernel_name: str,
     shape: Any,
