@@ -2,8 +2,8 @@
 
 A step whose sums fit in registers is one launch: a program takes tiles of tokens in turn, labels a tile while reading
 it from memory, adds it to its sums while it is still in the cache, and writes them once at the end. Otherwise it is
-two: every label, then the sums slice by slice. (The second reading then comes from memory. With that many clusters
-products take the time; chunks of tokens that stay in the cache would cost more in launches than they save.)
+two: every label, then the sums of tokens sorted by label. (The second reading then comes from memory. With that many
+clusters products take the time; chunks of tokens that stay in the cache would cost more in launches than they save.)
 No atomics, and programs' sums are added in a fixed order: results repeat bit for bit.
 """
 
@@ -118,23 +118,27 @@ def kmeans_assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sums_by_label(x: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Tokens sorted by label, and each cluster's added up as they come: every token is read once, whatever ``k`` is."""
     layers, num_tokens, width = x.shape
-    config = accumulate_config(width, k, x.dtype, wide_reads(x) > 1)
-    slices = -(-width // config.piece) * -(-k // config.clusters)
-    tiles = -(-num_tokens // config.tile)
-    slots = slots_per_layer(layers * slices, tiles, 2 * processors(x), most_tiles=tiles)
+    # The fewer bits, the fewer passes of the sort.
+    short = labels.to(torch.int16 if k < 1 << 15 else torch.int32)
+    ordered, order = short.sort(dim=1, stable=True)
+    bounds = torch.arange(k + 1, dtype=short.dtype, device=x.device).expand(layers, -1).contiguous()
+    starts = torch.searchsorted(ordered, bounds)
+    config = accumulate_config(width, x.dtype)
+    pieces = -(-width // config.piece)
+    slots = shares_of_cluster(layers * k * pieces, num_tokens // k, 16 * processors(x))
     partial_sums = x.new_empty(layers, slots, k, width, dtype=torch.float32)
-    partial_counts = x.new_empty(layers, slots, k, dtype=torch.int32)
     _launch(
         "accumulate_kernel",
-        layers * slots * slices,
+        layers * slots * k * pieces,
         config,
-        (x, labels, partial_sums, partial_counts),
+        (x, order, starts, partial_sums),
         num_tokens,
         k,
         slots,
     )
-    return partial_sums.sum(dim=1, dtype=torch.float64).float(), partial_counts.sum(dim=1)
+    return partial_sums.sum(dim=1, dtype=torch.float64).float(), starts.diff(dim=1)
 
 
 # The shapes below are those that compile for compute capability 8.0, 9.0 and 10.0 without spilling registers, found by
@@ -170,17 +174,22 @@ def assign_config(width: int, k: int, dtype: torch.dtype, wide: bool) -> Config:
     return Config(tile, min(most, max(16, power_of_two(k))), min(widest, max(16, power_of_two(width))), 3, 8)
 
 
-def accumulate_config(width: int, k: int, dtype: torch.dtype, wide: bool) -> Config:
-    """Shape of the sums by label; ``piece`` is the slice of the features that a program sums."""
-    most, widest, tile = (
-        (64, 64, 16) if dtype == torch.float32 else (128, 128 if wide else 64, 64 if wide else 32)
-    )
-    return Config(tile, min(most, max(16, power_of_two(k))), min(widest, max(16, power_of_two(width))), 3, 8)
+def accumulate_config(width: int, dtype: torch.dtype) -> Config:
+    """Shape of the sums by label: ``tile`` tokens of a cluster together, ``piece`` of their features."""
+    return Config(16, 1, min(256, max(16, power_of_two(width))), 4 if dtype != torch.float32 else 3, 4)
 
 
 def constants(kernel: str, config: Config, x: Tensor) -> dict[str, Any]:
     """The compile-time arguments of a kernel."""
     half = x.dtype != torch.float32
+    if kernel == "accumulate_kernel":
+        return {
+            "WIDTH": x.shape[2],
+            "ROWS": config.tile,
+            "SUM_PIECE": config.piece,
+            "UNIT": wide_reads(x),
+            "STAGES": config.stages,
+        }
     chosen: dict[str, Any] = {
         "WIDTH": x.shape[2],
         "CLUSTERS": config.clusters,
@@ -192,8 +201,6 @@ def constants(kernel: str, config: Config, x: Tensor) -> dict[str, Any]:
         "PRECISION": "ieee",
         "INTERPRETED": is_interpreted(_a_kernel()),
     }
-    if kernel == "accumulate_kernel":
-        return chosen | {"SUM_PIECE": config.piece}
     chosen |= {"TERMS": 2 if half else 1, "PIECE": config.piece}
     return chosen | {"SUM_PIECE": 2 * config.piece} if kernel == "step_kernel" else chosen
 
@@ -217,6 +224,12 @@ def slots_per_layer(layers: int, tiles: int, processors: int, most_tiles: int) -
     tiles for a program allow."""
     waves = -(-layers * tiles // (processors * max(1, most_tiles))) or 1
     return max(1, min(tiles, waves * processors // layers))
+
+
+def shares_of_cluster(programs: int, tokens: int, wanted: int) -> int:
+    """Programs among which the tokens of each cluster, ``tokens`` on average, are divided, so that there are about as
+    many as ``wanted`` in all; ``programs`` is how many there are if none is divided."""
+    return max(1, min(-(-wanted // max(1, programs)), tokens // 64))
 
 
 def split_centroids(

@@ -322,9 +322,9 @@ def assign_kernel(
 @triton.jit
 def accumulate_kernel(
     x,  # [L, T, D]
-    labels,  # int64 [L, T]
+    order,  # int64 [L, T], tokens sorted by their label
+    starts,  # int64 [L, K + 1], where in the order the tokens of a cluster start
     partial_sums,  # [L, slots, K, D], written
-    partial_counts,  # int32 [L, slots, K], written
     layer_units,
     token_units,
     stride_feature,
@@ -332,49 +332,41 @@ def accumulate_kernel(
     K,
     slots,
     WIDTH: tl.constexpr,
-    CLUSTERS: tl.constexpr,
-    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
     SUM_PIECE: tl.constexpr,
     UNIT: tl.constexpr,
     STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
-    """Program ``((layer * slots + slot) * blocks + block) * pieces + piece`` sums one piece of one block of clusters.
+    """Program ``((layer * slots + slot) * K + cluster) * pieces + piece`` sums one piece of one share of a cluster.
 
-    Pieces and blocks of the same tokens are neighbours in the grid: they run together and share the cache.
+    Every row of ``ROWS`` adds up on its own, and remembers what rounding took from its sum.
     """
     PIECES: tl.constexpr = (WIDTH + SUM_PIECE - 1) // SUM_PIECE
     program = tl.program_id(0).to(tl.int64)
     feature = (program % PIECES).to(tl.int32) * SUM_PIECE + tl.arange(0, SUM_PIECE)
     program = program // PIECES
-    blocks = tl.cdiv(K, CLUSTERS)
-    clusters = (program % blocks).to(tl.int32) * CLUSTERS + tl.arange(0, CLUSTERS)
-    program = program // blocks
-    layer = program // slots
-    slot = program % slots
+    cluster = program % K
+    slot = program // K % slots
+    layer = program // K // slots
     x += layer * layer_units * UNIT
-    labels += layer * T
+    order += layer * T
+    starts += layer * (K + 1) + cluster
+    first = tl.load(starts)
+    last = tl.load(starts + 1)
+    share = tl.cdiv(last - first, slots)
+    first += slot * share
+    last = tl.minimum(first + share, last)
 
-    sums = tl.zeros([SUM_PIECE, CLUSTERS], tl.float32)
-    counts = tl.zeros([CLUSTERS], tl.int32)
-    for tile in tl.range(slot, tl.cdiv(T, TILE), slots, num_stages=STAGES):
-        token = tile * TILE + tl.arange(0, TILE).to(tl.int64)
-        inside = token < T
-        tokens = _read(
-            x + token[:, None] * token_units * UNIT, feature, stride_feature, inside, WIDTH, SUM_PIECE
-        )
-        label = tl.load(labels + token, mask=inside, other=-1).to(tl.int32)
-        chosen = clusters[None, :] == label[:, None]
-        counts += tl.sum(chosen.to(tl.int32), 0)
-        # Tensor cores cut off what a float32 sum cannot hold instead of rounding it, and over many tiles that adds up:
-        # they only sum a tile. (Written as a difference, or the compiler would move the sum into the product.)
-        minus_one_hot = tl.where(chosen, -1.0, 0.0).to(x.dtype.element_ty)
-        none = tl.zeros([SUM_PIECE, CLUSTERS], tl.float32)
-        sums -= dot(tl.trans(tokens), minus_one_hot, none, PRECISION, INTERPRETED)
-
-    exists = clusters < K
-    own = partial_sums + (program * K + clusters)[None, :] * WIDTH + feature[:, None]
-    tl.store(own, sums, mask=exists[None, :] & (feature < WIDTH)[:, None])
-    # Every piece has counted the same; each writing it costs less than a branch would.
-    tl.store(partial_counts + program * K + clusters, counts, mask=exists)
+    sums = tl.zeros([ROWS, SUM_PIECE], tl.float32)
+    lost = tl.zeros([ROWS, SUM_PIECE], tl.float32)
+    for start in tl.range(first, last, ROWS, num_stages=STAGES):
+        number = start + tl.arange(0, ROWS)
+        inside = number < last
+        token = tl.load(order + number, mask=inside, other=0)
+        rows = x + token[:, None] * token_units * UNIT
+        added = _read(rows, feature, stride_feature, inside, WIDTH, SUM_PIECE).to(tl.float32) - lost
+        more = sums + added
+        lost = (more - sums) - added
+        sums = more
+    total = tl.sum(sums, 0)
+    tl.store(partial_sums + program * WIDTH + feature, total, mask=feature < WIDTH)

@@ -24,7 +24,13 @@ class Resources(NamedTuple):
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of a program, by architecture
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-KMEANS_POINTERS = {"labels": "*i64", "partial_counts": "*i32", "partial_inertia": "*fp64"}
+KMEANS_POINTERS = {
+    "labels": "*i64",
+    "order": "*i64",
+    "starts": "*i64",
+    "partial_counts": "*i32",
+    "partial_inertia": "*fp64",
+}
 KMEANS_INTEGERS = ("T", "K", "slots", "tiles", "layer_units", "token_units", "stride_feature")
 ATTENTION_POINTERS = {
     **dict.fromkeys(("prompt_index", "prompt_lengths", "order", "starts", "lengths"), "*i64"),
