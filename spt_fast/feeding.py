@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from spt_fast.building import CLUSTERING_METHODS
+from spt_fast.building import WHOLE_DATA_METHODS
 from spt_fast.data import ImageDataset, ImageLoader, make_loader
 from spt_fast.data.cache import CachedImages
 from spt_fast.data.device_batches import DeviceBatches, DeviceImages
@@ -115,15 +115,15 @@ def prototype_loader(
 
     Args:
         data: the images, with the transform for looking at them.
-        method: how prototypes will be built. Those that cluster share the images out among the processes of a group;
-            the others look at one batch, the same in all, which is drawn from a shuffled order so as to show all
-            classes.
+        method: how prototypes will be built. Those that look at all images share them out among the processes of a
+            group; the others look at one batch, the same in all, which is drawn from a shuffled order so as to show
+            all classes.
         batch_size: images at a time.
         seed: of the order.
         device: where the batches are worked on.
         num_workers: worker processes, see :func:`workers_for`.
     """
-    shared = world()[1] > 1 and method in CLUSTERING_METHODS
+    shared = world()[1] > 1 and method in WHOLE_DATA_METHODS
     rank, shares = world() if shared else (0, 1)
     return make_loader(
         data,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -93,6 +94,12 @@ class Outcome:
     tokens: int
     tokens_kept: str | None = None
 
+    @property
+    def facts(self) -> dict[str, int | str]:
+        """All but the prototypes, as their record has it."""
+        kept = {} if self.tokens_kept is None else {"tokens_kept": self.tokens_kept}
+        return {"images": self.images, "tokens": self.tokens, **kept}
+
 
 def cluster_exactly(
     plan: Plan,
@@ -123,7 +130,7 @@ def cluster_exactly(
         if unfinished:
             tokens = _collected(plan, group, images, budget, cache)
             tokens_kept = f"{tokens.place}: {tokens.why}"
-            _check_enough(plan, images, unseen=tokens.place == "nowhere")
+            check_enough(plan, images, unseen=tokens.place == "nowhere")
         for num_prompts, estimator in unfinished.items():
             _fit(plan, estimator, tokens, images, store, _kmeans_name(num_prompts, index))
         for num_prompts, estimator in estimators.items():
@@ -151,6 +158,36 @@ def cluster_in_one_pass(plan: Plan, images: ChosenImages, store: Checkpoint) -> 
         )
         for _ in plan.groups
     ]
+    stream_once(plan, images, store, estimators)
+    check_enough(plan, images)
+    if several:
+        parts = [estimator.micro_clusters_ for estimator in estimators]
+        found = {
+            n: _joined([micro.cluster(n, random_state=plan.seed) for micro in parts])
+            for n in plan.num_prompts
+        }
+    else:
+        found = {most: _joined([_found(estimator.finish()) for estimator in estimators])}
+    return Outcome(found, images_of_all(images), int(found[most].counts[0].sum()))
+
+
+class StreamEstimator(Protocol):
+    """What learns from tokens ``[L, t, D]`` as they pass, in several processes in step."""
+
+    def partial_fit(self, tokens: Tensor, /) -> object:
+        """Take in the next tokens."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything needed to go on later."""
+
+    def load_state_dict(self, state: dict[str, Tensor], /) -> None:
+        """Go on from there; from the start if it is empty."""
+
+
+def stream_once(
+    plan: Plan, images: ChosenImages, store: Checkpoint, estimators: Sequence[StreamEstimator]
+) -> None:
+    """Let the tokens of each of the plan's groups pass its estimator once, from where ``store`` says."""
     for index, estimator in enumerate(estimators):
         state = store.state(_stream_name(index))
         estimator.load_state_dict({name: tensor.to(plan.device) for name, tensor in state.items()})
@@ -165,16 +202,6 @@ def cluster_in_one_pass(plan: Plan, images: ChosenImages, store: Checkpoint) -> 
             states = {_stream_name(index): each.state_dict() for index, each in enumerate(estimators)}
             store.save(states)
     side.join()
-    _check_enough(plan, images)
-    if several:
-        parts = [estimator.micro_clusters_ for estimator in estimators]
-        found = {
-            n: _joined([micro.cluster(n, random_state=plan.seed) for micro in parts])
-            for n in plan.num_prompts
-        }
-    else:
-        found = {most: _joined([_found(estimator.finish()) for estimator in estimators])}
-    return Outcome(found, _images_of_all(images), int(found[most].counts[0].sum()))
 
 
 def _collected(
@@ -197,11 +224,11 @@ def _fit(
         if store.is_due:
             store.save({name: estimator.state_dict()})
     # Counted now: of tokens that are kept nowhere, the first images may be all that had been seen before.
-    store.images = _images_of_all(images)
+    store.images = images_of_all(images)
     store.save({name: estimator.state_dict()})
 
 
-def _check_enough(plan: Plan, images: ChosenImages, *, unseen: bool = False) -> None:
+def check_enough(plan: Plan, images: ChosenImages, *, unseen: bool = False) -> None:
     """Raise if the images of all processes are too few; ``unseen``: there are more of them."""
     seen, more = gathered_numbers([images.images, unseen]).sum(dim=0).tolist()
     if not seen:
@@ -211,7 +238,8 @@ def _check_enough(plan: Plan, images: ChosenImages, *, unseen: bool = False) -> 
         raise InputError(f"there are {tokens} patch tokens, fewer than num_prompts={most}; use more images")
 
 
-def _images_of_all(images: ChosenImages) -> int:
+def images_of_all(images: ChosenImages) -> int:
+    """How many images have passed in all processes together."""
     return int(gathered_numbers([images.images]).sum())
 
 

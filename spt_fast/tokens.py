@@ -46,9 +46,37 @@ def layer_tokens(
         >>> {i: tuple(t.shape) for i, t in layer_tokens(backbone, torch.randn(4, 3, 32, 32)).items()}
         {0: (4, 16, 192), 1: (4, 16, 192)}
     """
-    depth = len(check_backbone(backbone).blocks)
+    check_backbone(backbone)
     if capture not in get_args(Capture):
         raise InputError(f"capture must be one of {', '.join(get_args(Capture))}, got {capture!r}")
+    prefix = backbone.num_prefix_tokens
+    captured = block_inputs(backbone, images, layers=layers)
+    if capture == "paper":
+        return {index: x[:, prefix:] for index, x in captured.items()}
+    if 0 in captured:
+        first = next(backbone.parameters())
+        captured[0] = backbone.patch_embed(images.to(first.device, first.dtype)).flatten(1, -2)
+    return captured
+
+
+@torch.no_grad()
+def block_inputs(
+    backbone: VisionTransformer, images: Tensor, *, layers: Collection[int] | None = None
+) -> dict[int, Tensor]:
+    """The whole sequences that enter the blocks of ``backbone`` for one batch, prefix tokens first.
+
+    Args:
+        backbone: a timm ``VisionTransformer``.
+        images: ``[B, 3, H, W]``.
+        layers: which blocks in ``0 .. L-1``; ``None`` is all. Blocks beyond the last one are not run.
+
+    Returns:
+        ``{i: [B, N, D]}`` in ascending order, in the dtype and on the device of the backbone.
+
+    Raises:
+        InputError: images of the wrong shape, with NaN or infinite values, or an unknown layer.
+    """
+    depth = len(check_backbone(backbone).blocks)
     wanted = sorted(range(depth) if layers is None else set(layers))
     if not wanted or wanted[0] < 0 or wanted[-1] >= depth:
         raise InputError(f"layers must be some of 0 .. {depth - 1}, got {wanted}")
@@ -60,16 +88,11 @@ def layer_tokens(
         )
 
     first = next(backbone.parameters())
-    images = images.to(first.device, first.dtype, non_blocking=True)
-    prefix = backbone.num_prefix_tokens
+    x = embed(backbone, images.to(first.device, first.dtype, non_blocking=True))
     captured = {}
-    x = embed(backbone, images)
     for index in range(wanted[-1] + 1):
         if index in wanted:
-            if capture == "paper":
-                captured[index] = x[:, prefix:]
-            else:
-                captured[index] = x if index else backbone.patch_embed(images).flatten(1, -2)
+            captured[index] = x
         if index < wanted[-1]:
             x = backbone.blocks[index](x)
     return captured

@@ -397,7 +397,7 @@ def test_micro_clusters_come_near_kmeans_on_real_tokens(bundled_backbone, monkey
             ({"checkpoint_minutes": minutes}, "checkpoint_minutes must be at least 0")
             for minutes in (-1, -0.1, math.nan)
         ),
-        ({"method": "magic"}, "method must be one of kmeans, .*uniform, got 'magic'"),
+        ({"method": "magic"}, "method must be one of kmeans, .*mmd, got 'magic'"),
         ({"depth": "middle"}, "depth must be one of deep, shallow, got 'middle'"),
         ({"layers": "second"}, "layers must be one of same, first, last, got 'second'"),
         ({"capture": "all"}, "capture must be one of paper, released, got 'all'"),

@@ -154,6 +154,17 @@ def test_a_killed_stream_goes_on_from_the_disk_of_the_first_process(ranks: list[
         assert found["stream, resumed"]["metadata"]["images"] == IMAGES
 
 
+def test_herding_takes_in_the_batches_of_both(ranks: list[dict[str, Any]]) -> None:
+    for name, images in {"mmd": side_by_side(SHARES), "mmd, nothing in one": share(0)}.items():
+        alone = build_prototypes(tiny_backbone(), images, num_prompts=4, seed=4, method="mmd")
+        for found in ranks:
+            torch.testing.assert_close(found[name]["values"], alone.values, atol=1e-4, rtol=1e-4)
+            for fact in ("images", "tokens"):
+                assert found[name]["metadata"][fact] == alone.metadata[fact]
+            for fact in ("bandwidths", "squared_mmd"):
+                assert found[name]["metadata"][fact] == pytest.approx(alone.metadata[fact], rel=1e-3)
+
+
 def test_interrupted_kmeans_goes_on_from_the_disk_of_the_first_process(
     ranks: list[dict[str, Any]], folder: Path
 ) -> None:

@@ -85,6 +85,8 @@ def whole(rank: int, folder: Path) -> None:
             build(f"stream, {depth}, nothing in one", nothing, num_prompts=3, depth=depth, **STREAM)
             nothing = images if rank else []
             build(f"stream, {depth}, nothing in the other", nothing, num_prompts=3, depth=depth, **STREAM)
+        build("mmd", num_prompts=4, seed=4, method="mmd")
+        build("mmd, nothing in one", [] if rank else images, num_prompts=4, seed=4, method="mmd")
         build("mean_pool", share(0), num_prompts=4, method="mean_pool")
         for name, wrong in {"too few": {"num_prompts": 1000}, "none": {"images": []}}.items():
             for method in ("kmeans", "minibatch_kmeans"):
