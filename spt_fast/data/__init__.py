@@ -13,6 +13,7 @@ from .dataset import ImageDataset
 from .images import read_image
 from .layouts import LAYOUTS, SPLITS, load_dataset
 from .loader import ImageLoader, batches_per_epoch, make_loader
+from .masks import MaskFolder, MaskTransform
 from .transforms import RECIPES, ImageTransform, make_transform
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "ImageDataset",
     "ImageLoader",
     "ImageTransform",
+    "MaskFolder",
+    "MaskTransform",
     "batches_per_epoch",
     "cache_images",
     "load_dataset",
