@@ -64,9 +64,9 @@ def kmeans_step(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         )
     config = step_config(width, k, x.dtype, wide_reads(x) > 1, capability(x))
     if config is None:
-        labels, sq_distances = kmeans_assign(x, centroids)
+        labels, tile_inertia = _labels(x, centroids, per_token=False)
         sums, counts = _sums_by_label(x, labels, k)
-        return sums, counts, sq_distances.sum(dim=1, dtype=torch.float64)
+        return sums, counts, tile_inertia.sum(dim=1)
     slots = slots_per_layer(layers, -(-num_tokens // config.tile), processors(x), MOST_TILES)
     partial_sums = x.new_empty(layers, slots, k, width, dtype=torch.float32)
     partial_counts = x.new_empty(layers, slots, k, dtype=torch.int32)
@@ -98,23 +98,33 @@ def kmeans_assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     if x.ndim == 2:
         labels, sq_distances = kmeans_assign(x[None], centroids[None])
         return labels[0], sq_distances[0]
+    return _labels(x, centroids, per_token=True)
+
+
+def _labels(x: Tensor, centroids: Tensor, *, per_token: bool) -> tuple[Tensor, Tensor]:
+    """Labels ``[L, T]`` and squared distances, of each token ``[L, T]`` or, sooner, float64 sums over tiles."""
     layers, num_tokens, width = x.shape
     k = centroids.shape[1]
+    config = assign_config(width, k, x.dtype, wide_reads(x) > 1)
+    tiles = -(-num_tokens // config.tile)
     labels = x.new_empty(layers, num_tokens, dtype=torch.int64)
-    sq_distances = x.new_empty(layers, num_tokens, dtype=torch.float32)
+    distances = (
+        x.new_empty(layers, num_tokens, dtype=torch.float32)
+        if per_token
+        else x.new_empty(layers, tiles, dtype=torch.float64)
+    )
     if layers and num_tokens:
-        config = assign_config(width, k, x.dtype, wide_reads(x) > 1)
-        tiles = -(-num_tokens // config.tile)
         _launch(
             "assign_kernel",
             layers * tiles,
             config,
-            (x, *split_centroids(x, centroids, config.piece), labels, sq_distances),
+            (x, *split_centroids(x, centroids, config.piece), labels, distances),
             num_tokens,
             k,
             tiles,
+            PER_TOKEN=per_token,
         )
-    return labels, sq_distances
+    return labels, distances
 
 
 def _sums_by_label(x: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -260,7 +270,14 @@ def split_centroids(
     return terms, constant, factor, padded_offset, centroids
 
 
-def _launch(kernel: str, programs: int, config: Config, tensors: tuple[Tensor, ...], *numbers: int) -> None:
+def _launch(
+    kernel: str,
+    programs: int,
+    config: Config,
+    tensors: tuple[Tensor, ...],
+    *numbers: int,
+    **more: bool,
+) -> None:
     x = tensors[0]
 
     def describe() -> Described:
@@ -271,10 +288,10 @@ def _launch(kernel: str, programs: int, config: Config, tensors: tuple[Tensor, .
             _kernel(kernel),
             (programs,),
             (layer_stride // unit, token_stride // unit, x.stride(2), *numbers),
-            constants(kernel, config, x) | options(config),
+            constants(kernel, config, x) | options(config) | more,
         )
 
-    launch((kernel, programs, config, numbers), tensors, describe)
+    launch((kernel, programs, config, numbers, *more.values()), tensors, describe)
 
 
 def _kernel(name: str) -> Any:

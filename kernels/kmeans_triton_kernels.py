@@ -258,7 +258,7 @@ def assign_kernel(
     offset,  # [L, padded D]
     centroids,  # [L, K, D]
     labels,  # int64 [L, T], written
-    sq_distances,  # [L, T], written
+    distances,  # of every token, [L, T], or float64, of all tokens of a tile, [L, tiles]; written
     layer_units,
     token_units,
     stride_feature,
@@ -267,6 +267,7 @@ def assign_kernel(
     tiles,  # of one layer
     WIDTH: tl.constexpr,
     CLUSTERS: tl.constexpr,
+    PER_TOKEN: tl.constexpr,  # which of the two
     TERMS: tl.constexpr,
     TILE: tl.constexpr,
     PIECE: tl.constexpr,
@@ -291,8 +292,9 @@ def assign_kernel(
 
     best = tl.full([TILE], float("inf"), tl.float32)
     label = tl.zeros([TILE], tl.int32)
+    sq_norm = tl.zeros([TILE], tl.float32)
     for first in tl.range(0, K, CLUSTERS, num_stages=1):
-        score, index, _ = _nearest(
+        score, index, sq_norm = _nearest(
             rows,
             stride_feature,
             inside,
@@ -314,9 +316,16 @@ def assign_kernel(
         nearer = score < best  # strictly: ties stay with the lower index
         label = tl.where(nearer, index, label)
         best = tl.where(nearer, score, best)
-    sq_distance = _sq_distance(rows, stride_feature, inside, centroids, label, WIDTH, TILE, PIECE)
     tl.store(labels + layer * T + token, label.to(tl.int64), mask=inside)
-    tl.store(sq_distances + layer * T + token, sq_distance, mask=inside)
+    if PER_TOKEN:
+        sq_distance = _sq_distance(rows, stride_feature, inside, centroids, label, WIDTH, TILE, PIECE)
+        tl.store(distances + layer * T + token, sq_distance, mask=inside)
+    else:
+        spread = tl.sum(tl.where(inside, sq_norm, 0.0))
+        inertia = spread + tl.sum(tl.where(inside, best, 0.0))
+        if 32 * inertia < spread:  # the two cancel: what is left would mostly be their rounding
+            inertia = tl.sum(_sq_distance(rows, stride_feature, inside, centroids, label, WIDTH, TILE, PIECE))
+        tl.store(distances + program, inertia.to(tl.float64))
 
 
 @triton.jit

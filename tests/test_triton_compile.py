@@ -55,7 +55,11 @@ def test_step(architecture: int, dtype: torch.dtype, k: int, width: int) -> None
 @pytest.mark.parametrize("wide, width", [(True, 768), (False, 200), (False, 7)])
 def test_assign_and_accumulate(architecture: int, dtype: torch.dtype, wide: bool, width: int) -> None:
     x = tokens(dtype, width, wide)
-    check("assign_kernel", kmeans_triton.assign_config(width, 300, dtype, wide), x, architecture)
+    for per_token in (True, False):
+        config = kmeans_triton.assign_config(width, 300, dtype, wide)
+        check_fits(
+            kmeans_resources("assign_kernel", config, x, architecture, PER_TOKEN=per_token), architecture
+        )
     took = kmeans_resources(
         "accumulate_kernel", kmeans_triton.accumulate_config(width, dtype), x, architecture
     )

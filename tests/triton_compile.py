@@ -44,17 +44,19 @@ def check_fits(took: Resources, architecture: int) -> None:
     assert took.shared <= SHARED_MEMORY[architecture], took
 
 
-def kmeans_resources(kernel_name: str, config: Any, x: Tensor, architecture: int) -> Resources:
+def kmeans_resources(kernel_name: str, config: Any, x: Tensor, architecture: int, **more: Any) -> Resources:
     """Compile one k-means kernel as the launcher would for tokens like ``x`` [L, T, D] (a meta tensor will do)."""
     from spt_fast.kernels import kmeans_triton, kmeans_triton_kernels
 
-    constants = kmeans_triton.constants(kernel_name, config, x)
+    constants = kmeans_triton.constants(kernel_name, config, x) | more
     if x.stride(2) == 1:
         constants["stride_feature"] = 1  # Triton takes integers that are 1 as constants
 
     def kind(name: str) -> str:
         if name in KMEANS_INTEGERS:
             return "i32"
+        if name == "distances" and not constants["PER_TOKEN"]:
+            return "*fp64"
         return "*" + ELEMENTS[x.dtype] if name in ("x", "terms") else KMEANS_POINTERS.get(name, "*fp32")
 
     kernel = getattr(kmeans_triton_kernels, kernel_name)
