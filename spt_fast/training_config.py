@@ -33,7 +33,7 @@ class TrainingConfig:
             saved; ``None`` is off.
         dtype: of the frozen weights and activations: ``"bfloat16"``, ``"float32"``, or ``"auto"``: bfloat16 where the
             device computes in it. Prompts and head stay float32.
-        compile: run forward and backward pass through torch.compile and, on one GPU, the whole step as a CUDA graph.
+        compile: run forward and backward pass through torch.compile.
         seed: of the order of images, augmentation, dropout and mixup.
         num_workers: processes that decode images; ``None``: as many as there are cores and use for, see
             :class:`spt_fast.feeding.ImageFeed`.

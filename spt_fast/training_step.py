@@ -1,7 +1,8 @@
 """One training step as one call: forward pass, loss, backward pass, sum over processes, optimizer, moving average.
 
-Nothing in it waits for the device: what a step measured is added up there and read when somebody needs it. Compiled,
-it always sees batches of one size, so that nothing is compiled twice, and on a GPU it is replayed as one CUDA graph.
+Nothing in it waits for the device: what a step measured is added up there and read when somebody needs it. On a GPU it
+is replayed as one CUDA graph: it has a thousand kernels, which Python launches more slowly than they run. Recorded or
+compiled, it always sees batches of one size, so that nothing is recorded or compiled twice.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class TrainingStep:
         batch_size: images of a full batch of this process.
         label_smoothing: of the cross-entropy.
         average: called after the optimizer's step, for a moving average of the weights.
-        compile: run forward and backward pass through torch.compile and, on one GPU, the whole step as a CUDA graph.
+        compile: run forward and backward pass through torch.compile.
 
     Attributes:
         totals: float32 ``[3]`` on the device: summed loss, hits and images of the last step, over all processes.
@@ -67,16 +68,18 @@ class TrainingStep:
         self._learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._label_smoothing = label_smoothing
         self._average = average
-        self._batch_size = batch_size if compile else None
+        # Several processes talk to each other in the middle of a step.
+        replayed = sums.device.type == "cuda" and world()[1] == 1
+        self._batch_size = batch_size if compile or replayed else None
+        self._compiles = compile
         self._loss = self._loss_and_hits
         self._advance: Callable[..., None] = self._take
         self.totals = torch.zeros(3, device=sums.device)
         self.compile_seconds: float | None = None
         if compile:
             self._loss = torch.compile(self._loss_and_hits, dynamic=False)
-            # Several processes talk to each other in the middle of a step.
-            if sums.device.type == "cuda" and world()[1] == 1:
-                self._advance = ReplayedCall(self._take, sums.device)
+        if replayed:
+            self._advance = ReplayedCall(self._take, sums.device)
 
     def __call__(self, images: Tensor, labels: Tensor, targets: Tensor | None = None) -> None:
         """Take the step for one batch.
@@ -99,7 +102,7 @@ class TrainingStep:
             batch = [F.pad(each, (0, 0) * (each.ndim - 1) + (0, missing)) for each in batch]
         self._optimizer.send_rates()
         self._advance(*batch)
-        if self._batch_size is not None and self.compile_seconds is None:
+        if self._compiles and self.compile_seconds is None:
             if images.device.type == "cuda":
                 torch.cuda.synchronize(images.device)  # once
             self.compile_seconds = time.perf_counter() - begun

@@ -134,9 +134,7 @@ LrScaleOption = Annotated[
     typer.Option(help="rms: scale each block's prompt rate by the size of its start; none: the paper."),
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="Of the frozen weights and activations.")]
-CompileOption = Annotated[
-    bool, typer.Option("--compile", help="Run steps through torch.compile and, on a GPU, as a CUDA graph.")
-]
+CompileOption = Annotated[bool, typer.Option("--compile", help="Run steps through torch.compile.")]
 
 # A trained adapter.
 AdapterOption = Annotated[Path, typer.Option(help="A trained adapter.")]
