@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -142,12 +142,15 @@ def check_backbone(model: nn.Module) -> VisionTransformer:
     return model
 
 
-def embed(backbone: VisionTransformer, images: Tensor) -> Tensor:
+def embed(
+    backbone: VisionTransformer, images: Tensor, adjust: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """The sequence that enters the first block, prefix tokens first (Eq. 1).
 
     Args:
         backbone: the model.
         images: ``[B, C, H, W]``, any floating dtype; cast to the dtype of the backbone.
+        adjust: what is done to the embedded patches ``[B, .., D]`` before they get their positions.
 
     Returns:
         ``[B, N, D]`` in the dtype of the backbone.
@@ -158,6 +161,8 @@ def embed(backbone: VisionTransformer, images: Tensor) -> Tensor:
     """
     check_images(backbone, images)
     patches = backbone.patch_embed(images.to(next(backbone.parameters()).dtype))
+    if adjust is not None:
+        patches = adjust(patches)
     tokens = backbone._pos_embed(patches)
     if tokens.shape[1] != patches.flatten(1, -2).shape[1] + backbone.num_prefix_tokens:
         # Early releases of timm did so for models without position embedding.

@@ -46,7 +46,12 @@ def prompt_keys_values(block: Any, prompts: Tensor) -> PromptKeysValues:
 
 
 def prompted_block(
-    block: Any, x: Tensor, prompts: PromptKeysValues | None = None, *, queries: Tensor | None = None
+    block: Any,
+    x: Tensor,
+    prompts: PromptKeysValues | None = None,
+    *,
+    queries: Tensor | None = None,
+    temperature: Tensor | None = None,
 ) -> Tensor:
     """A timm block whose tokens also attend to prompts.
 
@@ -55,6 +60,7 @@ def prompted_block(
         x: tokens ``[B, N, D]``, which give keys and values.
         prompts: what else is attended to; ``None``: nothing.
         queries: tokens ``[B, Nq, D]`` whose outputs are wanted; ``None``: ``x`` itself.
+        temperature: what the scores of the attention are divided by, one number, learnable; ``None``: nothing.
 
     Returns:
         ``[B, N, D]`` or ``[B, Nq, D]``: what the block gives for these tokens with the prompts in its sequence.
@@ -65,7 +71,7 @@ def prompted_block(
         queries, query_hidden = x, hidden
     else:
         query_hidden = block.norm1(queries)
-    out = attn.norm(_attention(attn, hidden, query_hidden, prompts).flatten(2))
+    out = attn.norm(_attention(attn, hidden, query_hidden, prompts, temperature).flatten(2))
     gate = getattr(attn, "gate", None)
     if gate is not None:
         out = out * gate(query_hidden).sigmoid()
@@ -73,7 +79,13 @@ def prompted_block(
     return queries + block.ls2(block.mlp(block.norm2(queries)))
 
 
-def _attention(attn: Any, hidden: Tensor, query_hidden: Tensor, prompts: PromptKeysValues | None) -> Tensor:
+def _attention(
+    attn: Any,
+    hidden: Tensor,
+    query_hidden: Tensor,
+    prompts: PromptKeysValues | None,
+    temperature: Tensor | None,
+) -> Tensor:
     """From normalised tokens to heads ``[B, Nq, H, d]``."""
     if query_hidden is hidden:
         qkv = attn.qkv(hidden).unflatten(-1, (3, attn.num_heads, -1))
@@ -86,11 +98,15 @@ def _attention(attn: Any, hidden: Tensor, query_hidden: Tensor, prompts: PromptK
         prompts = PromptKeysValues(*(v.new_empty(v.shape[1], 0, v.shape[3]) for _ in range(2)))
     keys, values, index, lengths = prompts
     how = {"scale": attn.scale, "prompt_index": index, "prompt_lengths": lengths}
-    if qkv is not None and isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity):
+    plain = isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity)
+    if qkv is not None and plain and temperature is None:
         # The projection is read where it lies, and its gradient comes back in one piece.
         return prompt_attention_packed(qkv, keys, values, **how)
+    q = attn.q_norm(q)
+    if temperature is not None:  # q k / temperature
+        q = q / temperature
     # Under autocast a query or key norm answers in float32 where the values stay in the low precision.
-    q, k, keys = (t.to(v.dtype) for t in (attn.q_norm(q), attn.k_norm(k), keys))
+    q, k, keys = (t.to(v.dtype) for t in (q, attn.k_norm(k), keys))
     return prompt_attention(q, k, v, keys, values, **how).transpose(1, 2)
 
 

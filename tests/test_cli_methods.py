@@ -94,6 +94,22 @@ def test_methods_without_prompts_are_trained_and_served(photos: Path, tmp_path: 
     check_refused(run(*train[:-1], "linear" if method == "bitfit" else "bitfit", "--resume"), "method=")
 
 
+def test_e2vpt_is_trained_pruned_rewound_and_trained_again(photos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    train = ["train", *SHORT, "--data", photos, "--output", output, "--method", "e2vpt", "--num-prompts", 4]
+    pruned = ["--method-option", "prune_tokens=0.5", "--method-option", "prune_segments=0.25"]
+    done = run(*train, *pruned, "--json")
+    assert done.code == 0, done.err
+    assert done.json["output"] == str(output / "rewound")
+    adapter = output / "rewound" / "last.safetensors"
+    before = Adapter.load(output / "trained" / "last.safetensors").prompts
+    after = Adapter.load(adapter).prompts
+    assert before is not None and after is not None and (before.shape[1], after.shape[1]) == (4, 2)
+    judged = run("eval", "--adapter", adapter, "--data", photos, "--split", "test", "--json")
+    assert judged.code == 0 and judged.json["images"] == 9, judged.err
+    check_refused(run(*train, *pruned), "already holds a run")
+
+
 def test_several_tasks_are_served_from_prompts_alone(photos: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     assert run("train", *SHORT, "--data", photos, "--output", output, "--method", "linear").code == 0
@@ -125,6 +141,7 @@ def test_mistakes_of_methods(photos: Path, tmp_path: Path, typed: str, words: li
         ("--method lora --init kmeans", ["--init", "lora has none"]),
         ("--method full --prompt-dropout 0.1", ["--prompt-dropout"]),
         ("--method vpt_deep --depth shallow", ["--depth shallow", "vpt_deep"]),
+        ("--method vapt --method-option prune_tokens=0.5", ["prune_", "e2vpt"]),
         ("--method kmeans --init uniform", ["--method kmeans", "--init"]),
         ("--prompts p --init kmeans", ["--prompts", "--init"]),
     ],

@@ -13,6 +13,7 @@ from spt_fast.building import Method as Start
 from spt_fast.cli.chosen_recipe import was_given
 from spt_fast.cli.inputs import parse_pairs
 from spt_fast.methods import Method, find_method
+from spt_fast.methods.e2vpt import E2VPTViT
 from spt_fast.prototypes import Prototypes
 
 # Options that say how prompts are built or used; the second kind holds for given prompts as well.
@@ -33,6 +34,8 @@ class ChosenMethod:
         num_prompts: prompts per block.
         learning_rate: base rate, where none was asked for.
         options: of the model's class.
+        pruning: shares of prompts and of their segments that :func:`~spt_fast.pruned_training.train_pruned` prunes from
+            E2VPT; ``None``: it is trained once.
     """
 
     name: str
@@ -43,6 +46,7 @@ class ChosenMethod:
     num_prompts: int
     learning_rate: float
     options: dict[str, Any]
+    pruning: tuple[float, float] | None
 
 
 def choose_method(
@@ -102,7 +106,20 @@ def choose_method(
     if learning_rate is None or (named and not was_given(context, "learning_rate")):
         learning_rate = found.learning_rate
     options = parse_pairs("--method-option", method_option or [])
-    return ChosenMethod(method, found, given, init, found.depth or depth, num_prompts, learning_rate, options)
+    shares = options.pop("prune_tokens", 0.0), options.pop("prune_segments", 0.0)
+    if any(shares) and found.model is not E2VPTViT:
+        raise typer.BadParameter(f"--method-option prune_... is for e2vpt, not for {method}")
+    return ChosenMethod(
+        method,
+        found,
+        given,
+        init,
+        found.depth or depth,
+        num_prompts,
+        learning_rate,
+        options,
+        shares if any(shares) else None,
+    )
 
 
 def _option(name: str) -> str:

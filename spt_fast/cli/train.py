@@ -63,7 +63,9 @@ from spt_fast.distributed import process_group
 from spt_fast.errors import InputError
 from spt_fast.low_precision import WeightDtype
 from spt_fast.methods import build_model
+from spt_fast.methods.e2vpt import E2VPTViT
 from spt_fast.progress import Progress, progress_bar
+from spt_fast.pruned_training import train_pruned
 from spt_fast.sharding import shard_blocks
 from spt_fast.training import training_dtype
 from spt_fast.training_config import Dtype, TrainingConfig
@@ -231,8 +233,10 @@ def train(
         def tuned(start: spt_fast.Prototypes | torch.Tensor | None) -> TunedViT:
             torch.manual_seed(seed)
             options = {**tuning.options, "checkpoint_blocks": checkpoint_blocks}
-            if tuning.method.depth is not None:
-                options |= {"train_prompts": not freeze_prompts, "prompt_dropout": prompt_dropout}
+            if freeze_prompts:
+                options["train_prompts"] = False
+            if prompt_dropout:
+                options["prompt_dropout"] = prompt_dropout
             draws = start is None and tuning.method.depth is not None
             return build_model(
                 tuning.name,
@@ -269,20 +273,26 @@ def train(
             warn_of_other_backbone(start, backbone)
             metadata["start"] = start.metadata
         transform = train_images.recipe if recipe == "auto" else recipe
-        trained = spt_fast.train(
-            tuned(start),
-            train_images,
-            val_images,
-            output=output,
-            config=config,
-            resume=resume,
-            overwrite=overwrite,
-            metadata={**metadata, "images": {"recipe": transform, **image_settings(backbone)}},
-            progress=progress,
-        )
+        how: dict[str, Any] = {
+            "output": output,
+            "config": config,
+            "resume": resume,
+            "overwrite": overwrite,
+            "metadata": {**metadata, "images": {"recipe": transform, **image_settings(backbone)}},
+            "progress": progress,
+        }
+        if tuning.pruning is None:
+            trained = spt_fast.train(tuned(start), train_images, val_images, **how)
+        else:
+            whole = tuned(start)
+            assert isinstance(whole, E2VPTViT)
+            tokens, segments = tuning.pruning
+            _, trained = train_pruned(
+                whole, train_images, val_images, tokens=tokens, segments=segments, **how
+            )
     report_skipped("training", trained.skipped)
     result = {
-        "output": str(output),
+        "output": str(trained.output),
         "best_accuracy": trained.best_accuracy,
         "best_epoch": trained.best_epoch,
         "final_accuracy": trained.metrics[-1]["val_accuracy"],

@@ -14,9 +14,17 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from spt_fast.errors import InputError
+from spt_fast.methods.adapter import AdapterViT
 from spt_fast.methods.bitfit import BitFitViT
+from spt_fast.methods.e2vpt import E2VPTViT
 from spt_fast.methods.full import FullViT
+from spt_fast.methods.gate_vpt import GatedPromptViT
 from spt_fast.methods.linear import LinearViT
+from spt_fast.methods.lora import LoraViT
+from spt_fast.methods.moment_probing import MomentProbingViT
+from spt_fast.methods.snf import SnfViT
+from spt_fast.methods.ssf import SsfViT
+from spt_fast.methods.vapt import VaptViT
 from spt_fast.pooling import Pool
 from spt_fast.prompted_vit import PromptedViT
 from spt_fast.prototypes import Prototypes
@@ -63,9 +71,43 @@ METHODS = {
         PromptedViT, 3e-2, _VPT, "prompts before the first block", "shallow", "uniform", 100
     ),
     "vpt_deep": Method(PromptedViT, 3e-2, _VPT, "prompts before every block", "deep", "uniform", 20),
+    "gate_vpt": Method(
+        GatedPromptViT,
+        3e-2,
+        "Yoo et al. 2023",
+        "prompts before the first block, a gate and a temperature for every block",
+        "shallow",
+        "uniform",
+        100,
+    ),
+    "e2vpt": Method(
+        E2VPTViT,
+        3e-2,
+        "Han et al. 2023",
+        "prompts before every block, rows of keys and values in its attention",
+        "deep",
+        "uniform",
+        20,
+    ),
+    "vapt": Method(
+        VaptViT,
+        1e-2,
+        "Le et al. 2025",
+        "prompts before every block, made from its own tokens",
+        "deep",
+        None,
+        20,
+    ),
     "linear": Method(LinearViT, 1e-2, "linear probing", "nothing: the head alone learns"),
     "full": Method(FullViT, 1e-4, "full fine-tuning", "nothing: all weights learn"),
-    "bitfit": Method(BitFitViT, 1e-3, "Zaken et al. 2022", "nothing: the backbone's biases learn"),
+    "bitfit": Method(BitFitViT, 1e-2, "Zaken et al. 2022", "nothing: the backbone's biases learn"),
+    "adapter": Method(AdapterViT, 1e-2, "Houlsby et al. 2019", "a bottleneck behind the MLP of every block"),
+    "lora": Method(LoraViT, 5e-3, "Hu et al. 2021", "low-rank changes of weight matrices"),
+    "ssf": Method(SsfViT, 1e-2, "Lian et al. 2022", "a scale and a shift after every operation"),
+    "snf": Method(SnfViT, 1e-2, "Wang et al. 2023", "a normalising flow on every shortcut"),
+    "moment_probing": Method(
+        MomentProbingViT, 3e-3, "Gao et al. 2023", "a head on second moments of the final tokens"
+    ),
 }
 
 
