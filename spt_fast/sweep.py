@@ -13,7 +13,6 @@ Everything that was decided or measured lies in files, so that a search goes on 
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 import json
 import os
@@ -25,7 +24,6 @@ from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 
 from spt_fast.backbones import backbone_identity, source_of
 from spt_fast.building import build_prototypes
@@ -33,8 +31,9 @@ from spt_fast.data import ImageDataset
 from spt_fast.distributed import from_rank_0, process_group, world
 from spt_fast.errors import DivergedError, InputError
 from spt_fast.evaluation import evaluate
-from spt_fast.feeding import prototype_loader, skipped_by_all
+from spt_fast.experiment_records import check_seeds, described_images, sample_std
 from spt_fast.files import write_text
+from spt_fast.kept_prototypes import kept_prototypes
 from spt_fast.progress import Progress
 from spt_fast.prompted_vit import PromptedViT
 from spt_fast.prototypes import Prototypes
@@ -167,7 +166,7 @@ def sweep(
         ({'learning_rate': 0.1}, True)
     """
     config = config or TrainingConfig()
-    _check_seeds(seeds)
+    check_seeds(seeds)
     points = points_of(space, config, num_prompts, trials=trials, seed=seeds[0])
     for name, given, known in (("start", start, START), ("model", model, MODEL)):
         for key in given or {}:
@@ -257,7 +256,7 @@ class _Search:
                 "weight_dtype": source_of(self.backbone)["weight_dtype"],
                 **backbone_identity(self.backbone),
             },
-            "data": {split: _described(images) for split, images in data.items()},
+            "data": {split: described_images(images) for split, images in data.items()},
             "config": {name: value for name, value in asdict(self.config).items() if name not in free},
             "num_prompts": num_prompts,
             "start": {name: self.start[name] for name in self.start if name not in TRACELESS_ARGUMENTS},
@@ -384,7 +383,7 @@ class _Search:
             seeds=self.seeds,
             test_accuracies=scores,
             test_accuracy_mean=statistics.fmean(scores),
-            test_accuracy_std=_std(scores),
+            test_accuracy_std=sample_std(scores),
             skipped=skipped,
             adapters=[f"best/{run.name}/last.safetensors" for run in runs.values()],
             output=self.folder.path,
@@ -412,7 +411,7 @@ class _Search:
                     **{name: point.settings[name] for name in self.columns},
                     "runs": len(accuracies),
                     "val_accuracy_mean": statistics.fmean(accuracies) if has_mean else None,
-                    "val_accuracy_std": _std(accuracies) if has_mean else None,
+                    "val_accuracy_std": sample_std(accuracies) if has_mean else None,
                     **{f"val_accuracy_seed_{seed}": accuracy for seed, accuracy in by_seed.items()},
                     "seconds": sum(seconds) if seconds else None,
                     "failure": failure,
@@ -421,77 +420,19 @@ class _Search:
         return rows
 
     def _prototypes(self, split: str, lengths: list[int]) -> dict[int, Prototypes]:
-        """What prompts of every one of ``lengths`` start from: those that are kept, the others from one pass."""
-        folder = self.folder.path / "prototypes"
-
-        def file(length: int) -> Path:
-            return folder / f"{split}-{length}.safetensors"
-
-        def kept() -> dict[int, Prototypes]:
-            found = {length: Prototypes.load(file(length)) for length in lengths if file(length).exists()}
-            # An interruption may have come between two files of one pass. What a length gets may depend on the others
-            # (see method="minibatch_kmeans"), so the pass is made again for all of them.
-            return {
-                length: prototypes
-                for length, prototypes in found.items()
-                if all(file(other).exists() for other in prototypes.metadata["built_with"])
-            }
-
-        prototypes = from_rank_0(kept)
-        missing = [length for length in lengths if length not in prototypes]
-        if missing:
-            images = self.images(split, False)
-            loader = prototype_loader(
-                images,
-                self.start["method"],
-                batch_size=self.prototype_batch_size,
-                seed=self.start["seed"],
-                device=next(self.backbone.parameters()).device,
-                num_workers=self.config.num_workers,
-            )
-            built = build_prototypes(
-                self.backbone,
-                loader,
-                num_prompts=missing,
-                checkpoint=folder / f"{split}-{'-'.join(map(str, missing))}.partial",
-                resume=True,
-                progress=self._progress(f"prototypes of {split}"),
-                **self.start,
-            )
-            unreadable = skipped_by_all(loader)
-            for length, each in built.items():
-                each.metadata |= {"data": images.name, "skipped": unreadable, "built_with": missing}
-                if world()[0] == 0:
-                    each.save(file(length))
-            prototypes |= built
-        return prototypes
+        """What prompts of every one of ``lengths`` start from."""
+        return kept_prototypes(
+            self.backbone,
+            lambda: self.images(split, False),
+            lengths,
+            folder=self.folder.path / "prototypes",
+            name=split,
+            start=self.start,
+            batch_size=self.prototype_batch_size,
+            num_workers=self.config.num_workers,
+            progress=self._progress(f"prototypes of {split}"),
+        )
 
     def _progress(self, stage: str) -> Progress | None:
         report = self.progress
         return report and (lambda step, done, total: report(f"{stage}: {step}", done, total))
-
-
-def _described(images: ImageDataset) -> dict[str, Any]:
-    """What makes two data sets the same, without reading an image."""
-    labels = hashlib.sha256(json.dumps([images.classes, images.targets]).encode())
-    transform = images.transform
-    # The text of a torchvision transform has all its numbers; that of another object has its address.
-    known = repr(transform) if isinstance(transform, nn.Module) else type(transform).__name__
-    return {
-        "name": images.name,
-        "images": len(images),
-        "labels": labels.hexdigest()[:16],
-        "transform": " ".join(known.split()),
-        "seed": images.seed,
-    }
-
-
-def _std(values: Sequence[float]) -> float | None:
-    """The sample standard deviation; ``None`` for one value, which has none."""
-    return statistics.stdev(values) if len(values) > 1 else None
-
-
-def _check_seeds(seeds: Sequence[int]) -> None:
-    whole = [seed for seed in seeds if isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0]
-    if not seeds or len(whole) < len(seeds) or len(set(seeds)) < len(seeds):
-        raise InputError(f"seeds must be different whole numbers of at least 0, got {list(seeds)}")

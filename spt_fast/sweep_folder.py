@@ -6,12 +6,13 @@ import csv
 import io
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from spt_fast.errors import CheckpointError, InputError
+from spt_fast.experiment_records import differences
 from spt_fast.files import remove_leftovers, write_text
 from spt_fast.search_space import TRACELESS, Point, recorded_point
 from spt_fast.training_config import TrainingConfig
@@ -131,16 +132,13 @@ class SweepFolder:
         write_csv(self.path / "results.csv", rows)
 
     def _refuse_difference(self, theirs: dict[str, Any], ours: dict[str, Any], searched: set[str]) -> None:
-        old, new = dict(_flat(theirs)), dict(_flat(ours))
         # What the space varies is not the same for all points.
         free = {f"config.{name}" for name in searched} | searched
-        # A call with one point looks at fewer splits, and an older version of the package knew fewer options.
-        free |= {name for name in old.keys() ^ new.keys() if name.startswith(("data.", "config.", "start."))}
-        for name in sorted((old.keys() | new.keys()) - free):
-            if old.get(name) != new.get(name):
+        for name, old, new in differences(theirs, ours):
+            if name not in free:
                 raise InputError(
-                    f"the sweep in {self.path} has {name}={old.get(name)!r} and this call asks for "
-                    f"{name}={new.get(name)!r}; overwrite it or name another folder"
+                    f"the sweep in {self.path} has {name}={old!r} and this call asks for {name}={new!r}; "
+                    "overwrite it or name another folder"
                 )
 
 
@@ -165,11 +163,3 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
-
-
-def _flat(nested: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in nested.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

@@ -25,6 +25,8 @@ BUNDLED = shlex.split(
 )
 COMMANDS = (
     "prototypes",
+    "analyze",
+    "ablate",
     "train",
     "sweep",
     "vtab",

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -19,12 +17,13 @@ import torch
 import two_sweep_processes
 from command_line import TINY, check_refused, make_photos
 from command_line import run as run_command
+from forked_processes import finish, run_together, start
 from PIL import Image
 from safetensors.torch import load_file
 from search_cases import PHOTOS
 from sklearn.model_selection import ParameterSampler
 from tiny import tiny_backbone
-from training_cases import Interruption, child_environment, interrupt_after, read_csv
+from training_cases import Interruption, interrupt_after, read_csv
 from two_sweep_processes import CONFIG, SPACE, images_of
 
 import spt_fast.sweep
@@ -358,17 +357,14 @@ def test_interrupted_between_two_lengths_of_one_pass(
     assert torch.equal(one["values"], other["values"])
 
 
+def search_until_killed(output: Path, steps: int) -> None:
+    search(output, progress=interrupt_after(steps, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+
+
 def test_killed_and_called_again(straight: tuple[SweepResult, Watched, list[str]], tmp_path: Path) -> None:
     """kill -9 in the middle of the runs, in a process of its own."""
-    child = (
-        "import os, signal, sys, pathlib, torch, test_sweep as t; torch.set_num_threads(1); "
-        "t.search(pathlib.Path(sys.argv[1]), progress="
-        "t.interrupt_after(int(sys.argv[2]), lambda: os.kill(os.getpid(), signal.SIGKILL)))"
-    )
     half = len(straight[2]) // 2
-    command = [sys.executable, "-c", child, str(tmp_path / "run"), str(half)]
-    done = subprocess.run(command, env=child_environment(), timeout=120)
-    assert done.returncode == -signal.SIGKILL
+    assert finish(start(search_until_killed, tmp_path / "run", half)) == [-signal.SIGKILL]
     assert not (tmp_path / "run" / "summary.json").exists()
     search(tmp_path / "run")
     check_same(tmp_path / "run", straight[0].output)
@@ -534,10 +530,7 @@ def test_a_start_that_is_refused_does_not_bind_the_next(tmp_path: Path) -> None:
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [two_sweep_processes.__file__, str(tmp_path)]
-    done = subprocess.run(command, env=child_environment(), timeout=300, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_together(two_sweep_processes.main, tmp_path, 2)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first["interrupted"] and second["interrupted"]
     assert first == second

@@ -12,6 +12,8 @@ import typer
 from rich.text import Text
 
 import spt_fast
+from spt_fast.cli.ablate import ablate
+from spt_fast.cli.analyze import analyze
 from spt_fast.cli.bench import BenchmarkGroup
 from spt_fast.cli.chosen_recipe import weights_for
 from spt_fast.cli.inputs import (
@@ -77,6 +79,7 @@ from spt_fast.evaluation import evaluate
 from spt_fast.kernels import BackendError
 from spt_fast.machine import machine_facts
 from spt_fast.progress import progress_bar
+from spt_fast.separate_tasks import SeparateTasks
 
 # Rows of a batch of `predict`: enough to keep a processor busy, few enough for any memory.
 PREDICTED_AT_ONCE = 64
@@ -255,7 +258,12 @@ app.command(
 app.command(
     epilog="Example: `spt-fast vtab --recipe mae-vitb --data vtab-1k/`",
 )(vtab)
+app.command(
+    epilog="Example: `spt-fast ablate sampling --model vit_base_patch16_224 --checkpoint mae.pth --pool avg "
+    "--data birds/ --output runs/sampling`"
+)(ablate)
 app.command(epilog="Example: `spt-fast recipes cub200-mae-vitb`")(recipes)
+app.command(epilog="Example: `spt-fast analyze --run runs/birds --data birds/ --output analysis`")(analyze)
 
 
 @app.command(
@@ -388,7 +396,9 @@ def main() -> None:
 
 
 def _task_logits(
-    model: spt_fast.MultiTaskViT, transforms: dict[str, Callable[[Any], torch.Tensor]], images: list[Path]
+    model: spt_fast.MultiTaskViT | SeparateTasks,
+    transforms: dict[str, Callable[[Any], torch.Tensor]],
+    images: list[Path],
 ) -> Iterator[tuple[Path, str, torch.Tensor]]:
     """The logits of every image by every task: as many images at a time as make a batch of ``PREDICTED_AT_ONCE``."""
     at_once = max(1, PREDICTED_AT_ONCE // len(transforms))
