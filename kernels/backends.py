@@ -21,6 +21,11 @@ def anywhere(*tensors: Tensor) -> str | None:
     return None
 
 
+def never(*tensors: Tensor) -> bool:
+    """For no input."""
+    return False
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of an op.
@@ -28,10 +33,12 @@ class Backend:
     Attributes:
         run: called with the tensors of the op, or the module that holds the functions of its passes.
         why_not: called with the same tensors: why this implementation cannot take them here, or ``None`` if it can.
+        leads: called with the same tensors, which it can take: whether it is better than those before it for these.
     """
 
     run: Any
     why_not: Callable[..., str | None] = anywhere
+    leads: Callable[..., bool] = never
 
 
 def choose_backend(op: str, backends: Mapping[str, Backend], backend: str | None, *tensors: Tensor) -> Any:
@@ -52,7 +59,8 @@ def choose_backend(op: str, backends: Mapping[str, Backend], backend: str | None
     if asked is None:
         asked, origin = os.environ.get(ENVIRONMENT_VARIABLE) or None, f"{ENVIRONMENT_VARIABLE}="
     if asked is None:
-        return next(each for each in backends.values() if each.why_not(*tensors) is None).run
+        able = [each for each in backends.values() if each.why_not(*tensors) is None]
+        return next((each for each in able if each.leads(*tensors)), able[0]).run
     if asked not in backends:
         raise BackendError(f"{origin}{asked}: {op} has no such backend; it has {', '.join(backends)}")
     reason = backends[asked].why_not(*tensors)

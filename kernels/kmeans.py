@@ -20,7 +20,7 @@ from .backends import Backend, choose_backend
 STEP_BACKENDS = {
     "cpu": Backend(kmeans_cpu.kmeans_step, kmeans_cpu.why_not),
     "triton": Backend(kmeans_triton.kmeans_step, kmeans_triton.why_not),
-    "cuda": Backend(kmeans_cuda.kmeans_step, kmeans_cuda.why_not),
+    "cuda": Backend(kmeans_cuda.kmeans_step, kmeans_cuda.why_not, kmeans_cuda.reads_tokens_once),
     "torch": Backend(kmeans_torch.kmeans_step),
 }
 ASSIGN_BACKENDS = {

@@ -337,6 +337,17 @@ def why_not(x: Tensor, centroids: Tensor) -> str | None:
     return None
 
 
+def reads_tokens_once(x: Tensor, centroids: Tensor) -> bool:
+    """Whether a step is one pass over the tokens that copies them in bulk: what it is faster in than Triton.
+
+    Measured on an H100, bfloat16, a million tokens of 768 features: 0.83 ms against 1.29 ms with 20 clusters; with 100,
+    which take two passes, 10.4 ms against 2.7 ms.
+    """
+    layers = x if x.ndim == 3 else x[None]
+    plan = plan_step(layers, centroids.shape[-2], _gpu(x.device.index))
+    return isinstance(plan, FusedPlan) and plan.copy_mode == BULK_COPY
+
+
 @functools.cache
 def _has_cupy() -> bool:
     return importlib.util.find_spec("cupy") is not None

@@ -19,6 +19,7 @@ from kmeans_judge import check
 from torch import Tensor
 
 from spt_fast.kernels import kmeans_cuda
+from spt_fast.kernels.backends import Backend, choose_backend
 from spt_fast.kernels.kmeans_cuda import FusedPlan, Gpu, Kernel, TwoPassPlan, plan_assign, plan_step
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -366,3 +367,38 @@ def test_cmake_names_cubins_as_the_loader_looks_for_them(tmp_path: Path) -> None
         cubin = kmeans_cuda.cubin_path(capability)
         assert cubin is not None and cubin.name in planned.stdout
     assert kmeans_cuda.cubin_path((10, 0)) is None
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "clusters", "width", "leads"),
+    [
+        (HOPPER, torch.bfloat16, 20, 768, True),
+        (HOPPER, torch.float16, 24, 192, True),
+        (HOPPER, torch.bfloat16, 100, 768, False),
+        (HOPPER, torch.bfloat16, 20, 1280, False),
+        (HOPPER, torch.float32, 20, 768, False),
+        (HOPPER, torch.bfloat16, 20, 767, False),
+        (AMPERE, torch.bfloat16, 20, 768, False),
+    ],
+)
+def test_it_goes_first_where_it_reads_the_tokens_once(
+    monkeypatch: pytest.MonkeyPatch, gpu: Gpu, dtype: torch.dtype, clusters: int, width: int, leads: bool
+) -> None:
+    monkeypatch.setattr(kmeans_cuda, "_gpu", lambda index: gpu)
+    for shape in ((64,), (3, 64)):
+        x = torch.zeros(*shape, width, dtype=dtype)
+        centroids = torch.zeros(*shape[:-1], clusters, width)
+        assert kmeans_cuda.reads_tokens_once(x, centroids) == leads
+
+
+def test_one_that_leads_is_taken_where_it_can_run_and_nothing_else_was_asked_for() -> None:
+    def taken(**cuda: object) -> str:
+        backends = {"triton": Backend("triton"), "cuda": Backend("cuda", **cuda), "torch": Backend("torch")}
+        return choose_backend("op", backends, None, torch.zeros(3))
+
+    assert taken() == "triton"
+    assert taken(leads=lambda x: len(x) == 3) == "cuda"
+    assert taken(leads=lambda x: len(x) == 4) == "triton"
+    assert taken(leads=lambda x: True, why_not=lambda x: "not here") == "triton"
+    backends = {"triton": Backend("triton"), "cuda": Backend("cuda", leads=lambda x: True)}
+    assert choose_backend("op", backends, "triton", torch.zeros(3)) == "triton"

@@ -55,8 +55,8 @@ def test_step(architecture: int, dtype: torch.dtype, k: int, width: int) -> None
 @pytest.mark.parametrize("wide, width", [(True, 768), (False, 200), (False, 7)])
 def test_assign_and_accumulate(architecture: int, dtype: torch.dtype, wide: bool, width: int) -> None:
     x = tokens(dtype, width, wide)
-    for per_token in (True, False):
-        config = kmeans_triton.assign_config(width, 300, dtype, wide)
+    for per_token, k in ((True, 300), (False, 300), (False, 60)):
+        config = kmeans_triton.assign_config(width, k, dtype, wide, divmod(architecture, 10))
         check_fits(
             kmeans_resources("assign_kernel", config, x, architecture, PER_TOKEN=per_token), architecture
         )
