@@ -14,6 +14,7 @@ VENV_READY  := $(VENV)/.venv-ready
 INSTALLED   := $(VENV)/.installed
 DEV_READY   := $(VENV)/.installed-dev
 BENCH_READY := $(VENV)/.installed-bench
+DOCS_READY  := $(VENV)/.installed-docs
 
 # pytest makes the file that regressions compares, but not its folder.
 CURRENT         := .benchmarks/current.json
@@ -23,7 +24,7 @@ ANY_PYTHON = $(firstword $(wildcard $(VENV)/bin/python) $(PYTHON))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv install demo test bench bench-baseline bench-gpu bench-gpu-scale lint format clean
+.PHONY: help venv install demo test docs bench bench-baseline bench-gpu bench-gpu-scale lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -37,6 +38,10 @@ demo: $(INSTALLED)  ## SPT against VPT on bundled data, offline: writes runs/dem
 
 test: lint  ## lint, then the whole test suite
 	$(IN_VENV) pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# The variable: no advertisement of another tool among the warnings.
+docs: $(DOCS_READY)  ## build the documentation as a site: build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(IN_VENV) mkdocs build --quiet --strict
 
 # A benchmark that failed does not keep the others from being drawn.
 bench: $(BENCH_READY)  ## what became slower, then every benchmark at this machine's sizes, in 10 minutes
@@ -93,4 +98,9 @@ $(DEV_READY): $(VENV_READY) $(PACKAGING)
 $(BENCH_READY): $(VENV_READY) $(PACKAGING)
 	@echo "Installing spt-fast and what it is compared with into $(VENV); the first time this downloads a few GB ..."
 	@$(IN_VENV) pip install --quiet --disable-pip-version-check --editable '.[test,bench]'
+	@touch $(INSTALLED) $@
+
+$(DOCS_READY): $(VENV_READY) $(PACKAGING)
+	@echo "Installing spt-fast and what builds its documentation into $(VENV); the first time this downloads PyTorch, a few GB ..."
+	@$(IN_VENV) pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	@touch $(INSTALLED) $@

@@ -130,8 +130,10 @@ BENCH = [
     "nvidia-ml-py>=13.615",
 ]
 LOW_PRECISION = ["torchao>=0.17"]
+LORA = ["peft>=0.21"]
 TEST = [
     *LOW_PRECISION,
+    *LORA,
     "pytest>=8",
     "pytest-benchmark>=5",
     "pytest-xdist>=3.6",
@@ -140,6 +142,7 @@ TEST = [
     "setuptools>=70.1",
 ]
 DEV = [*TEST, "ruff>=0.17", "mypy>=2.4"]
+DOCS = ["mkdocs-material>=9.8", "mkdocstrings-python>=2.0"]
 
 setup(
     name="spt-fast",
@@ -172,6 +175,14 @@ setup(
     zip_safe=False,
     python_requires=">=3.10",
     install_requires=REQUIREMENTS,
-    extras_require={"gpu": GPU, "bench": BENCH, "low-precision": LOW_PRECISION, "test": TEST, "dev": DEV},
+    extras_require={
+        "gpu": GPU,
+        "bench": BENCH,
+        "low-precision": LOW_PRECISION,
+        "lora": LORA,
+        "test": TEST,
+        "dev": DEV,
+        "docs": DOCS,
+    },
     entry_points={"console_scripts": ["spt-fast = spt_fast.cli:main"]},
 )

@@ -1,11 +1,10 @@
-"""What every process of ``torchrun --nproc-per-node 3 tests/clustering_processes.py FOLDER`` does.
+"""What each of three processes does.
 
 One, two and then three of them cluster, each its share of the tokens, in many ways, and write what came out to
 FOLDER/{processes}_{rank}.pt; the test judges. Called in one process, :func:`outcomes` does the same with all shares
 together.
 """
 
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -166,7 +165,6 @@ def _rest(shares: list[int], sizes: list[int], step: int) -> list[Tensor]:
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     store, rank, _ = next(rendezvous("env://"))
     for shares in SHARES:
@@ -177,7 +175,3 @@ def main(folder: Path) -> None:
             )
             torch.save(outcomes(shares, rank), folder / f"{size}_{rank}.pt")
             dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -4,32 +4,26 @@ which starts them again: ``torchrun --max-restarts N tests/killed_processes.py F
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
+from forked_processes import start
 from tiny import squares, tiny_model
-from training_cases import CONFIG, child_environment
+from training_cases import CONFIG
 
 from spt_fast import train
 
 # Everything random in training is on; the state is saved at every step.
 LONG = replace(CONFIG, epochs=14, ema_decay=0.8, mixup=0.8, batch_size=4)
 IMAGES = 22
-# From a process that has imported everything and done nothing: autograd does not run in forks of one that has used it.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["killed_processes"])
 
 
 def run(output: Path, *, seed: int = 0, **kwargs: Any) -> None:
@@ -51,32 +45,16 @@ def killing(chance: random.Random) -> Callable[[str, int, int | None], None]:
     return progress
 
 
-def _child(output: Path, attempt: int, rank: int, world_size: int, port: int, victim: int | None) -> None:
-    torch.set_num_threads(1)
-    if world_size > 1:
-        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        values = (str(rank), str(world_size), "127.0.0.1", str(port))
-        os.environ.update(zip(names, values, strict=True))
+def _child(output: Path, attempt: int, victim: int | None) -> None:
+    rank = int(os.environ.get("RANK", "0"))
     progress = killing(random.Random(attempt)) if rank == victim else None
     run(output, seed=attempt + rank, resume=True, progress=progress)
 
 
 def attempt_in_processes(output: Path, attempt: int, *, world_size: int, kill: bool) -> list[int | None]:
     """Train on in new processes, one of which is killed; the exit codes of all."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     victim = attempt % world_size if kill else None
-    with mock.patch.dict(
-        os.environ, child_environment()
-    ):  # Python 3.11 does not tell it where to find modules
-        forkserver.ensure_running()
-    processes = [
-        FORKS.Process(target=_child, args=(output, attempt, rank, world_size, port, victim))
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
+    processes = start(_child, output, attempt, victim, world_size=world_size)
     if victim is not None:
         processes[victim].join(120)
     for process in processes:

@@ -44,8 +44,8 @@ def resources(
 @pytest.mark.parametrize(
     "width, architecture, own",
     [
-        *product(WIDTHS, (80, 90), (True,)),  # take more registers than prompts
-        *product(FEW_WIDTHS, (80, 90), (False,)),
+        *product(WIDTHS, (80,), (True,)),  # take more registers than prompts
+        *product(FEW_WIDTHS, (90,), (True, False)),
         *product(WIDTHS, (100,), (False,)),
     ],
 )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import ROOT, environment, wait_for
+from command_line import wait_for
+from forked_processes import finish, start
 from typer.testing import CliRunner, Result
 
 from benchmarks import BENCHMARKS, suite
@@ -39,15 +40,6 @@ try:
     time.sleep(600)
 except KeyboardInterrupt:
     pathlib.Path(sys.argv[1], "saved").write_text("1")
-"""
-# A suite of two scripts, in a process of its own.
-DRIVER = """
-import sys
-from benchmarks import suite
-def section(script):
-    return suite.Section({"cpu": 5.0}, lambda device, minutes, results: [sys.executable, "-c", script, str(results)])
-suite.SECTIONS = {"first": section(%r), "second": section(%r)}
-suite.app()
 """
 
 Sections = Callable[..., list[tuple[str, float]]]
@@ -196,21 +188,33 @@ def test_an_unknown_section_is_refused(sections: Sections, tmp_path: Path) -> No
     assert done.exit_code == 1 and "one of first on cpu, got last" in done.output
 
 
+def run_two(arguments: tuple[str, ...], printed: Path) -> None:
+    """A suite of two scripts, the second of which takes long, in a process of its own."""
+
+    def section(script: str) -> suite.Section:
+        return suite.Section({"cpu": 5.0}, lambda *given: [sys.executable, "-c", script, str(given[-1])])
+
+    with printed.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    suite.SECTIONS = {"first": section(SUCCEEDS), "second": section(INTERRUPTED)}
+    suite.app(arguments)
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_leaves_what_can_be_resumed(
     sections: Sections, tmp_path: Path, how: signal.Signals
 ) -> None:
-    driver = DRIVER % (SUCCEEDS, INTERRUPTED)
-    command = [sys.executable, "-c", driver, "--device", "cpu", "--results", str(tmp_path)]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    wait_for((tmp_path / "begun").exists, process)
+    printed = tmp_path / "printed"
+    (process,) = start(run_two, ("--device", "cpu", "--results", str(tmp_path)), printed)
+    wait_for((tmp_path / "begun").exists, process.is_alive)
     # What is on disk now is what a suite leaves that is killed outright.
     assert statuses(tmp_path) == {"first": "finished", "second": "interrupted"}
-    process.send_signal(how)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "--resume goes on" in output and "Traceback" not in output
+    assert process.pid is not None
+    os.kill(process.pid, how)
+    assert finish([process]) == [130]
+    output = printed.read_text()
+    assert "--resume goes on" in output and "Traceback" not in output
     assert (tmp_path / "saved").exists() and statuses(tmp_path)["second"] == "interrupted"
     ran = sections(first=(1.0, FAILS), second=(1.0, SUCCEEDS))
     assert invoke(tmp_path, "--resume").exit_code == 0 and [name for name, _ in ran] == ["second"]

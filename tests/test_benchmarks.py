@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from benchmarks import (
     multi_task,
     prototypes,
     scaling,
+    streaming,
     train_step,
     train_step_ways,
 )
@@ -245,6 +248,16 @@ def test_prototypes_that_are_wrong_have_no_time(tmp_path: Path, monkeypatch: pyt
 def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(scaling.SHARED, "cpu", 30_000)
     monkeypatch.setitem(scaling.CHUNK, "cpu", 4_000)
+
+    def start_several(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        """One process is this one, which has imported everything."""
+        if "torch.distributed.run" in command:
+            return subprocess.run(command, **options)
+        assert command[1:3] == ["-m", "benchmarks.streaming"]
+        done = CliRunner().invoke(streaming.app, command[3:])
+        return subprocess.CompletedProcess(command, done.exit_code, done.stdout, done.stderr)
+
+    monkeypatch.setattr(scaling, "subprocess", SimpleNamespace(run=start_several))
     arguments = ("--tokens", "20000", "--features", "8", "--clusters", "3")
     record = results(scaling, tmp_path, *arguments, "--processes", "2", "--rounds", "1")
     measured = [(row["peer"], row["case"]["processes"], row["case"]["tokens"]) for row in record["rows"]]

@@ -24,6 +24,7 @@ from command_line import (
     run,
     wait_for,
 )
+from forked_processes import start
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -106,13 +107,10 @@ def test_prototypes_go_on_after_kill(
         str(num_prompts),
     ]
     arguments += ["--batch-size", "1", "--json", "--output"]
-    command = [sys.executable, "-m", "spt_fast.cli", *arguments, str(output), "--checkpoint-minutes", "0"]
-    with subprocess.Popen(
-        command, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        wait_for(lambda: progress_of(partial) >= far, process)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    (process,) = start(run, *arguments, output, "--checkpoint-minutes", 0)
+    wait_for(lambda: progress_of(partial) >= far, process.is_alive)
+    process.kill()
+    process.join()
     assert partial.exists() and not output.exists(), "it was finished before it was killed"
     done = run(*arguments, output, "--resume")
     assert done.code == 0 and done.json["images"] == 240, done.err
@@ -162,13 +160,10 @@ def test_training_goes_on_after_ctrl_c(photos: Path, tmp_path: Path, monkeypatch
 def test_training_goes_on_after_kill(photos: Path, tmp_path: Path, one_thread: None) -> None:
     output = tmp_path / "killed"
     train = ["train", *TINY, *TRAIN, "--data", str(photos), "--epochs", "30", "--json", "--output"]
-    command = [sys.executable, "-m", "spt_fast.cli", *train, str(output)]
-    with subprocess.Popen(
-        command, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        wait_for((output / "checkpoint.pt").exists, process)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    (process,) = start(run, *train, output)
+    wait_for((output / "checkpoint.pt").exists, process.is_alive)
+    process.kill()
+    process.join()
     assert not (output / "summary.json").exists(), "it was finished before it was killed"
     # What is there can be read.
     assert run("eval", "--adapter", output / "last.safetensors", "--data", photos).code == 0
@@ -201,7 +196,7 @@ def test_as_a_process_of_its_own(photos: Path, tmp_path: Path) -> None:
         # A test run in the background of a script ignores Ctrl-C, and its children would as well.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
-        wait_for((output / "checkpoint.pt").exists, process)
+        wait_for((output / "checkpoint.pt").exists, lambda: process.poll() is None)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and not out

@@ -450,7 +450,6 @@ def test_clusters_can_be_clustered_further():
 
 def assert_inertia_is_scikit_learns(layers: Tensor, k: int, max_iter: int) -> None:
     """Every layer's k-means is within 0.1 % of scikit-learn's from the same initial centres."""
-    assert len(layers) == 12
     for layer, tokens in enumerate(layers):
         init = plus_plus(tokens, k, seeded_generator(layer))
         with warnings.catch_warnings():
@@ -466,11 +465,11 @@ def test_on_digits_kmeans_reaches_scikit_learns_inertia_in_every_layer(bundled_b
 
     captured = list(stream_layer_tokens(bundled_backbone, digit_images[:60].split(20)))
     layers = [torch.cat([batch[i].flatten(0, 1) for batch in captured]) for i in captured[0]]
-    assert layers[0].shape == (60 * 64, 192)
+    assert len(layers) == 12 and layers[0].shape == (60 * 64, 192)
     assert_inertia_is_scikit_learns(torch.stack(layers), k=10, max_iter=40)
 
 
 @pytest.mark.slow
-def test_on_real_images_kmeans_reaches_scikit_learns_inertia_in_every_layer(bundled_backbone, cifar10):
-    layers = real_tokens(bundled_backbone, cifar10, 1100)[:, ::3]
+def test_on_real_images_kmeans_reaches_scikit_learns_inertia(bundled_backbone, cifar10):
+    layers = real_tokens(bundled_backbone, cifar10, 1100)[::4, ::3]  # early, in the middle, late
     assert_inertia_is_scikit_learns(layers, k=20, max_iter=40)

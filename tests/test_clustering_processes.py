@@ -1,28 +1,22 @@
 """Clustering by several processes equals clustering by one: 1, 2 and 3 of them, with unequal shares."""
 
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import clustering_processes
 import pytest
 import torch
 from clustering_processes import SHARES, TOKENS, outcomes
+from forked_processes import run_together
 from torch import Tensor
-from training_cases import child_environment
-
-TESTS = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the processes have written."""
     folder = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    command += [str(TESTS / "clustering_processes.py"), str(folder)]
-    done = subprocess.run(command, env=child_environment(), timeout=300, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_together(clustering_processes.main, folder, 3)
     return folder
 
 

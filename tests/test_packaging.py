@@ -46,7 +46,7 @@ def run(*command: str | Path, cwd: Path) -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment |= {"PYTHONNOUSERSITE": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "OMP_NUM_THREADS": "1"}
     environment |= {
-        "CMAKE_ARGS": "-DSPT_FAST_NVCC="
+        "CMAKE_ARGS": "-DSPT_FAST_NVCC= -DCMAKE_BUILD_TYPE=Debug"
     }  # machine code for GPUs takes a minute, and has a test of its own
     done = subprocess.run(
         [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
@@ -162,7 +162,15 @@ def test_wheel_says_what_it_needs(wheel: Path) -> None:
         assert "spt-fast = spt_fast.cli:main" in archive.read(scripts).decode()
         assert any(name.endswith("/LICENSE") for name in archive.namelist())
     assert metadata["Requires-Python"] == ">=3.10"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"gpu", "bench", "low-precision", "test", "dev"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {
+        "gpu",
+        "bench",
+        "low-precision",
+        "lora",
+        "test",
+        "dev",
+        "docs",
+    }
     requirements = [requirement.replace(" ", "") for requirement in metadata.get_all("Requires-Dist", [])]
     assert any(requirement.startswith("torch>=") for requirement in requirements)
     for requirement in requirements:
@@ -188,7 +196,7 @@ INTERPRETER = """#!/bin/sh
 case "$2" in
     venv) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
     pip) shift 2; echo "$@" >> "$PIP_LOG"; exit "$PIP_EXIT" ;;
-    pytest | benchmarks.*) shift; echo "$@" >> "$RAN_LOG"; test "$1" != "$FAILING"; exit ;;
+    pytest | benchmarks.* | mkdocs) shift; echo "$@" >> "$RAN_LOG"; test "$1" != "$FAILING"; exit ;;
     *) case "$2" in *version_info*) exit "$OLD" ;; *ensurepip*) exit "$NO_VENV" ;; esac ;;
 esac
 """
@@ -228,7 +236,8 @@ def make(tmp_path: Path):
 def test_make_alone_lists_the_targets(make) -> None:
     done, _ = make()
     assert done.returncode == 0
-    for target in ("venv", "install", "demo", "test", "bench", "bench-baseline", "lint", "format", "clean"):
+    targets = "venv", "install", "demo", "test", "docs", "bench", "bench-baseline", "lint", "format", "clean"
+    for target in targets:
         assert f"make {target} " in done.stdout
 
 
@@ -265,6 +274,14 @@ def test_make_bench_baseline_replaces_it(make, tmp_path: Path) -> None:
     log = tmp_path / "ran.log"
     assert make("bench-baseline", RAN_LOG=str(log))[0].returncode == 0
     assert log.read_text().splitlines()[-1] == "benchmarks.regressions .benchmarks/current.json --replace"
+
+
+def test_make_docs_lets_no_warning_pass(make, tmp_path: Path) -> None:
+    log = tmp_path / "ran.log"
+    done, pip_calls = make("docs", RAN_LOG=str(log))
+    assert done.returncode == 0, done.stderr
+    assert len(pip_calls) == 1 and pip_calls[0].endswith("--editable .[docs]")
+    assert log.read_text().split() == ["mkdocs", "build", "--quiet", "--strict"]
 
 
 def test_make_bench_gpu_installs_nothing(make, tmp_path: Path) -> None:

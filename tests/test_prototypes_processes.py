@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from command_line import ROOT, TINY, environment, files, make_photos
+import two_prototype_processes
+from command_line import TINY, files, make_photos
+from forked_processes import finish, run_together, start
 from tiny import tiny_backbone
 from torch import Tensor
 from two_prototype_processes import IMAGES, STREAM, make_streams_small, share
@@ -27,23 +28,16 @@ from spt_fast.errors import InputError
 PATCHES = 16
 
 
-def launch(stage: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(ROOT / "tests" / "two_prototype_processes.py"), stage, str(folder)]
-    return subprocess.run(command, env=environment(), text=True, capture_output=True, timeout=300)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a first launch was killed in the middle, and a second one went to its end."""
     folder = tmp_path_factory.mktemp("two")
     photos = make_photos(folder / "photos", {"train": 5, "val": 1})
     (photos / "train" / "red" / "2.png").write_text("this is no image")
-    killed = launch("killed", folder)
-    assert killed.returncode != 0 and "Signal 9 (SIGKILL)" in killed.stderr, killed.stderr
+    _, killed = finish(start(two_prototype_processes.killed, folder, world_size=2))
+    assert killed == -signal.SIGKILL
     assert (folder / "stream0").exists() and not (folder / "stream1").exists()
-    done = launch("whole", folder)
-    assert done.returncode == 0, done.stderr
+    run_together(two_prototype_processes.whole, folder, 2)
     return folder
 
 

@@ -1,14 +1,14 @@
 """A backbone in shards on two processes is the backbone: same training, same prototypes, half the weights in each."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import two_sharded_processes
+from forked_processes import run_together
 from tiny import tiny_backbone
-from training_cases import TESTS, assert_same, child_environment
+from training_cases import assert_same
 
 from spt_fast import Adapter
 
@@ -16,10 +16,7 @@ from spt_fast import Adapter
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
     folder = tmp_path_factory.mktemp("sharded")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(TESTS / "two_sharded_processes.py"), str(folder)]
-    done = subprocess.run(command, env=child_environment(), timeout=300, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_together(two_sharded_processes.main, folder, 2)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)], folder
 
 

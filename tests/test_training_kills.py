@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from killed_processes import FORKS, IMAGES, LONG, attempt_in_processes, run
+from forked_processes import FORKS, finish, start
+from killed_processes import IMAGES, LONG, attempt_in_processes, run
 from tiny import squares, tiny_model
 from training_cases import TESTS, assert_same, child_environment
 
@@ -67,7 +68,6 @@ def test_torchrun_starts_killed_processes_again(tmp_path: Path) -> None:
 
 def _train_until_no_file_may_grow(output: Path, told: Any) -> None:
     """After the first epoch no file may be larger than a few bytes: what a full disk does to a writer."""
-    torch.set_num_threads(1)
     kept: list[bytes] = []
     steps_per_epoch = -(-IMAGES // LONG.batch_size)
     steps = 0
@@ -90,10 +90,7 @@ def _train_until_no_file_may_grow(output: Path, told: Any) -> None:
 
 def test_a_full_disk_keeps_the_state_before_and_says_so(tmp_path: Path) -> None:
     told = FORKS.SimpleQueue()
-    process = FORKS.Process(target=_train_until_no_file_may_grow, args=(tmp_path / "full", told))
-    process.start()
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL
+    assert finish(start(_train_until_no_file_may_grow, tmp_path / "full", told)) == [-signal.SIGKILL]
     unchanged, names, warned = told.get()
     assert unchanged
     assert not any(name.startswith(LEFTOVER_PREFIX) for name in names)

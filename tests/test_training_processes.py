@@ -1,8 +1,6 @@
 """Training in two processes."""
 
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import two_processes
+from forked_processes import run_together
 from tiny import learned, squares, tiny_model
-from training_cases import TESTS, assert_same, child_environment, without_seconds
+from training_cases import assert_same, without_seconds
 
 from spt_fast import Adapter, evaluate, train
 from spt_fast.data import make_loader
@@ -28,10 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any], Path]:
     """What two_processes.py left: the results of both processes, and their folder."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(TESTS / "two_processes.py"), str(folder)]
-    done = subprocess.run(command, env=child_environment(), timeout=300, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_together(two_processes.main, folder, 2)
     first, second = (torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     return first, second, folder
 

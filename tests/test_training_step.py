@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from forked_processes import FORKS, finish, start
 from tiny import learned, squares, tiny_backbone, tiny_model
 from torch import Tensor
-from training_cases import CONFIG, IMAGES, assert_same, child_environment, scalars
+from torch._dynamo.utils import counters
+from training_cases import CONFIG, IMAGES, assert_same, scalars
 
 from spt_fast import PromptedViT, train
 from spt_fast.optimizer import PromptAdamW
@@ -108,36 +108,28 @@ def test_the_last_batch_of_an_epoch_is_not_compiled_again(
         torch.testing.assert_close(learned(model)[name], value, rtol=1e-4, atol=1e-5)
 
 
-CACHE_PROBE = """
-import sys, torch
-from dataclasses import replace
-from pathlib import Path
-from tiny import squares, tiny_backbone, tiny_model
-from training_cases import CONFIG
-from spt_fast import train
-from torch._dynamo.utils import counters
-models = []
-for compile in (False, True):
-    models.append(tiny_model(backbone=tiny_backbone(depth=1), deep=False))
-    config = replace(CONFIG, epochs=1, batch_size=4, compile=compile)
-    train(models[-1], squares(8), output=Path(sys.argv[1]) / str(compile), config=config)
-    for eager, compiled in zip(models[0].parameters(), models[-1].parameters(), strict=True):
+def compile_a_run(folder: Path, told: Any) -> None:
+    """Train eagerly and compiled, compare, and tell how much compiled code was found and how much was missing."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.parent / "compiled")
+    models = []
+    for compile in (False, True):
+        models.append(tiny_model(backbone=tiny_backbone(depth=1), deep=False))
+        config = replace(CONFIG, epochs=1, batch_size=4, compile=compile)
+        train(models[-1], squares(8), output=folder / str(compile), config=config)
+    for eager, compiled in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4)
-hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
-print(hits, counters["inductor"]["fxgraph_cache_miss"])
-"""
+    hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+    told.put((hits, counters["inductor"]["fxgraph_cache_miss"]))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
 def test_compiled_code_is_kept_for_the_next_run(tmp_path: Path) -> None:
-    environment = child_environment() | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
     counts = []
     for run in ("first", "second"):
-        command = [sys.executable, "-c", CACHE_PROBE, str(tmp_path / run)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        counts.append([int(word) for word in done.stdout.split()[-2:]])
+        told = FORKS.SimpleQueue()
+        assert finish(start(compile_a_run, tmp_path / run, told)) == [0]
+        counts.append(told.get())
     assert counts[0][0] == 0 and counts[0][1] > 0, "the first run must have had to compile"
     assert counts[1][0] > 0 and counts[1][1] == 0, counts
 

@@ -1,10 +1,9 @@
-"""What every process of ``torchrun --nproc-per-node 2 tests/two_processes.py FOLDER`` does.
+"""What each of two processes does.
 
 It writes what this process ended with to FOLDER/rank{0,1}.pt; the test judges.
 """
 
 import os
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +48,6 @@ def interrupt_after(steps: int) -> Any:
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     results: dict[str, Any] = {}
 
@@ -122,7 +120,3 @@ def main(folder: Path) -> None:
 
     torch.save(results, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,20 +1,17 @@
-"""What every process of ``torchrun --nproc-per-node 2 tests/two_prototype_processes.py STAGE FOLDER`` does for
-test_prototypes_processes.py.
+"""What each of two processes does for test_prototypes_processes.py.
 
-In the stage ``killed`` the second process kills itself in the middle of a stream. In the stage ``whole`` each process
-writes what it ended with to FOLDER/rank{0,1}.pt; the test judges.
+In the stage :func:`killed` the second process kills itself in the middle of a stream. In the stage :func:`whole` each
+process writes what it ended with to FOLDER/rank{0,1}.pt; the test judges.
 """
 
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from command_line import TINY, run
 from tiny import Interrupted, noise, tiny_backbone
 from torch import Tensor
 
@@ -45,7 +42,9 @@ def parts(built: Prototypes) -> dict[str, Any]:
     return {name: getattr(built, name) for name in ("values", "counts", "inertia", "metadata")}
 
 
-def killed(rank: int, folder: Path) -> None:
+def killed(folder: Path) -> None:
+    rank = int(os.environ["RANK"])
+
     def kill(stage: str, done: int, total: int | None) -> None:
         if rank == 1 and done >= 6:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -63,7 +62,10 @@ def killed(rank: int, folder: Path) -> None:
         )
 
 
-def whole(rank: int, folder: Path) -> None:
+def whole(folder: Path) -> None:
+    from command_line import TINY, run  # as torchrun has it: when it is imported RANK says who prints
+
+    rank = int(os.environ["RANK"])
     results: dict[str, Any] = {}
     backbone, images = tiny_backbone(), share(rank)
 
@@ -124,8 +126,3 @@ def whole(rank: int, folder: Path) -> None:
         )
         results[f"command, {method}"] = (done.code, done.out, done.err)
     torch.save(results, folder / f"rank{rank}.pt")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    {"killed": killed, "whole": whole}[sys.argv[1]](int(os.environ["RANK"]), Path(sys.argv[2]))

@@ -1,10 +1,9 @@
-"""What every process of ``torchrun --nproc-per-node 2 tests/two_sharded_processes.py FOLDER`` does.
+"""What each of two processes does.
 
 Training on a backbone in shards, and the same on a whole one; results go to FOLDER/rank{0,1}.pt, the test judges.
 """
 
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ def local_numbers(backbone: torch.nn.Module) -> int:
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     device = torch.device("cpu")
     results: dict[str, Any] = {}
@@ -65,7 +63,3 @@ def main(folder: Path) -> None:
 
     torch.save(results, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,16 +1,14 @@
-"""A small search, and what every process of ``torchrun --nproc-per-node 2 tests/two_sweep_processes.py FOLDER`` does.
+"""A small search, and what each of two processes does with it.
 
 It writes what this process found to FOLDER/rank{0,1}.json; the test judges.
 """
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from tiny import squares, tiny_backbone
 from training_cases import Interruption, interrupt_after
@@ -43,7 +41,6 @@ def search(output: Path, **arguments: Any) -> SweepResult:
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     # The processes need not see the same disk: each is told another folder, and what lies in that of rank 0 counts.
     found: dict[str, Any] = {"straight": search(folder / f"straight{rank}").summary()}
@@ -58,7 +55,3 @@ def main(folder: Path) -> None:
     found["again"] = search(shared).summary()
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
