@@ -134,7 +134,7 @@ def notes_of(ablation: Ablation, cells: Sequence[dict[str, Any]], about: dict[st
         notes.append(
             f"The data set has no test images that are judged on: {about['test_split']} stands for them."
         )
-    if about["jobs"] > 1:
+    if about["jobs"] > 1 and any(measure.endswith("seconds") for measure in ablation.measures):
         notes.append(f"Seconds were measured with {about['jobs']} runs at the same time.")
     if ablation.source is not None:
         notes.append(f"In the paper: {ablation.source}.")

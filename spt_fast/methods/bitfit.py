@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from timm.models.vision_transformer import VisionTransformer
-
-from spt_fast.methods.own_backbone import own_backbone
-from spt_fast.pooling import Pool
-from spt_fast.tuned_vit import TunedViT
+from spt_fast.methods.own_backbone import LearningBackboneViT
 
 
-class BitFitViT(TunedViT):
+class BitFitViT(LearningBackboneViT):
     """A backbone whose biases learn (of Linear layers, LayerNorms and the patch embedding), with a linear head.
 
     See :class:`~spt_fast.tuned_vit.TunedViT` for the arguments.
@@ -25,13 +21,6 @@ class BitFitViT(TunedViT):
 
     name: ClassVar[str] = "bitfit"
 
-    def __init__(
-        self,
-        backbone: VisionTransformer,
-        *,
-        num_classes: int,
-        pool: Pool | None = None,
-        checkpoint_blocks: bool = False,
-    ) -> None:
-        super().__init__(backbone, num_classes=num_classes, pool=pool, checkpoint_blocks=checkpoint_blocks)
-        self.backbone = own_backbone(backbone, lambda name: name.endswith("bias"))
+    @staticmethod
+    def learns(name: str) -> bool:
+        return name.endswith("bias")

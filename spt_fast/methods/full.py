@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from timm.models.vision_transformer import VisionTransformer
-
-from spt_fast.methods.own_backbone import own_backbone
-from spt_fast.pooling import Pool
-from spt_fast.tuned_vit import TunedViT
+from spt_fast.methods.own_backbone import LearningBackboneViT
 
 
-class FullViT(TunedViT):
+class FullViT(LearningBackboneViT):
     """A backbone all of whose weights learn, with a linear head; the caller's own backbone stays as it is.
 
     An adapter of it is as large as the backbone. See :class:`~spt_fast.tuned_vit.TunedViT` for the arguments.
@@ -26,13 +22,6 @@ class FullViT(TunedViT):
 
     name: ClassVar[str] = "full"
 
-    def __init__(
-        self,
-        backbone: VisionTransformer,
-        *,
-        num_classes: int,
-        pool: Pool | None = None,
-        checkpoint_blocks: bool = False,
-    ) -> None:
-        super().__init__(backbone, num_classes=num_classes, pool=pool, checkpoint_blocks=checkpoint_blocks)
-        self.backbone = own_backbone(backbone, lambda name: True)
+    @staticmethod
+    def learns(name: str) -> bool:
+        return True

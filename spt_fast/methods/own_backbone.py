@@ -10,7 +10,9 @@ from timm.models.vision_transformer import VisionTransformer
 
 from spt_fast.backbones import CLASSIFIER_PREFIXES, backbone_identity, source_of
 from spt_fast.errors import InputError
+from spt_fast.pooling import Pool
 from spt_fast.sharded_block import is_sharded
+from spt_fast.tuned_vit import TunedViT
 
 
 def own_backbone(
@@ -48,3 +50,26 @@ def own_backbone(
         if chosen(name):
             value.requires_grad_()
     return copied
+
+
+class LearningBackboneViT(TunedViT):
+    """A model that adds nothing: some of the backbone's own weights learn, in a copy of it.
+
+    See :class:`~spt_fast.tuned_vit.TunedViT` for the arguments; a method says which weights in :meth:`learns`.
+    """
+
+    def __init__(
+        self,
+        backbone: VisionTransformer,
+        *,
+        num_classes: int,
+        pool: Pool | None = None,
+        checkpoint_blocks: bool = False,
+    ) -> None:
+        super().__init__(backbone, num_classes=num_classes, pool=pool, checkpoint_blocks=checkpoint_blocks)
+        self.backbone = own_backbone(backbone, self.learns)
+
+    @staticmethod
+    def learns(name: str) -> bool:
+        """Whether the parameter of this name learns."""
+        raise NotImplementedError
