@@ -3,54 +3,22 @@
 Knows tensors only: no model, no data set, no file. Installed as ``spt_fast.kernels``.
 """
 
-import torch
+# Where a checkout is the working directory, libraries that look for Hugging Face's package "kernels" (transformers, and
+# so peft) find this folder and import it. Ops that are defined twice crash whoever holds the first definition: under
+# any other name this is an empty package.
+if __name__ == "spt_fast.kernels":
+    from .attention import prompt_attention, prompt_attention_packed
+    from .availability import available_backends, unavailable_backends
+    from .backends import BackendError
+    from .kmeans import KMeansStep, kmeans_assign, kmeans_step
 
-from . import attention, kmeans
-from .attention import prompt_attention, prompt_attention_packed
-from .backends import BackendError
-from .kmeans import KMeansStep, kmeans_assign, kmeans_step
-
-__all__ = [
-    "BackendError",
-    "KMeansStep",
-    "available_backends",
-    "kmeans_assign",
-    "kmeans_step",
-    "prompt_attention",
-    "prompt_attention_packed",
-    "unavailable_backends",
-]
-
-_OPS = {
-    "kmeans_assign": kmeans.ASSIGN_BACKENDS,
-    "kmeans_step": kmeans.STEP_BACKENDS,
-    "prompt_attention": attention.BACKENDS,
-}
-
-
-def available_backends() -> dict[str, list[str]]:
-    """Op name -> names of the backends that can run on one of this machine's devices, best first.
-
-    Example:
-        >>> available_backends()["prompt_attention"][-1]
-        'torch'
-    """
-    missing = unavailable_backends()
-    return {op: [name for name in backends if name not in missing[op]] for op, backends in _OPS.items()}
-
-
-def unavailable_backends() -> dict[str, dict[str, str]]:
-    """Op name -> why each of the other backends cannot run here.
-
-    Example:
-        >>> "torch" in unavailable_backends()["prompt_attention"]
-        False
-    """
-    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    # Two small tensors of an ordinary width stand for what a backend may be given.
-    probes = [[torch.zeros(1, 64, device=device)] * 2 for device in devices]
-    reasons: dict[str, dict[str, str]] = {}
-    for op, backends in _OPS.items():
-        answers = {name: [each.why_not(*probe) for probe in probes] for name, each in backends.items()}
-        reasons[op] = {name: said[0] for name, said in answers.items() if said[0] and all(said)}
-    return reasons
+    __all__ = [
+        "BackendError",
+        "KMeansStep",
+        "available_backends",
+        "kmeans_assign",
+        "kmeans_step",
+        "prompt_attention",
+        "prompt_attention_packed",
+        "unavailable_backends",
+    ]

@@ -158,8 +158,9 @@ def assert_low_precision_and_compiled(method: str, prompts: Tensor | None) -> No
     model.eval()
     images = make_images(backbone)
     plain = model(images)
-    torch._dynamo.reset()  # it gives up on a forward that it has seen many models of
-    compiled = torch.compile(model, backend="eager", fullgraph=True)(images)
+    # It gives up on a forward that it has compiled for many models.
+    with torch._dynamo.config.patch(recompile_limit=64):
+        compiled = torch.compile(model, backend="eager", fullgraph=True)(images)
     torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-5)
     low = model.cast_backbone(torch.bfloat16)(images.bfloat16())
     assert low.dtype == torch.float32 and relative_error(low, plain.double()) < 0.05

@@ -316,3 +316,15 @@ def test_make_says_what_is_wrong_with_the_interpreter(make, settings: dict[str, 
 def test_make_says_that_the_interpreter_is_missing(make) -> None:
     done, _ = make("install", "PYTHON=no-such-python")
     assert done.returncode != 0 and "there is no 'no-such-python'" in done.stderr
+
+
+def test_the_folder_of_kernels_is_an_empty_package_of_its_own() -> None:
+    """transformers, which peft brings, imports Hugging Face's ``kernels`` where it finds one."""
+    program = """
+import sys, torch, spt_fast.kernels
+before = torch.ops.spt_fast.prompt_attention.default
+import kernels
+assert not hasattr(kernels, "prompt_attention") and torch.ops.spt_fast.prompt_attention.default is before
+assert [name for name in sys.modules if name.partition(".")[0] == "kernels"] == ["kernels"]
+"""
+    run(sys.executable, "-c", program, cwd=ROOT)
