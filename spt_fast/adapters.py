@@ -136,6 +136,7 @@ def save_adapter(
 
     Example:
         >>> import tempfile
+        >>> import torch
         >>> from spt_fast import PromptedViT, load_backbone
         >>> backbone = load_backbone("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2)
         >>> model = PromptedViT(backbone, torch.randn(2, 5, 192), num_classes=2, pool="avg").eval()
