@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from spt_fast.data import ImageDataset
 from spt_fast.distributed import all_reduced, world
@@ -72,33 +74,44 @@ def evaluate(
     return evaluate_feed(model, feed, batch_size=batch_size, progress=progress)
 
 
-@torch.no_grad()
 def evaluate_feed(
     model: TunedViT, feed: ImageFeed, *, batch_size: int = 64, progress: Progress | None = None
 ) -> Evaluation:
     """:func:`evaluate` over a feed, which can be used again."""
+    sums = torch.zeros(4, dtype=torch.float64, device=feed.device)
+    for logits, labels in judged_batches(model, feed, batch_size=batch_size, progress=progress):
+        sums[0] += (logits.argmax(dim=1) == labels).sum()
+        sums[1] += F.cross_entropy(logits, labels, reduction="sum")
+        sums[2] += len(labels)
+    sums[3] = len(feed.skipped)
+    correct, loss, count, skipped = all_reduced(sums).tolist()
+    if not count:
+        raise InputError(f"no image of {feed.data.name} could be read")
+    return Evaluation(correct / count, loss / count, int(count), int(skipped))
+
+
+@torch.no_grad()
+def judged_batches(
+    model: TunedViT, feed: ImageFeed, *, batch_size: int, progress: Progress | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's share of a feed, batch by batch: float32 logits ``[B, C]``, in eval mode, and labels ``[B]``.
+
+    Raises:
+        InputError: the images have more classes than the model.
+    """
     data = feed.data
     if len(data.classes) > model.head.out_features:
         raise InputError(f"data has {len(data.classes)} classes and the model {model.head.out_features}")
     rank, world_size = world()
-    sums = torch.zeros(4, dtype=torch.float64, device=feed.device)
     training = model.training
     model.eval()
     done = 0
     try:
         for images, labels in feed.batches(batch_size=batch_size, rank=rank, world_size=world_size):
             if len(labels):
-                logits = model(images).float()
-                sums[0] += (logits.argmax(dim=1) == labels).sum()
-                sums[1] += F.cross_entropy(logits, labels, reduction="sum")
-                sums[2] += len(labels)
+                yield model(images).float(), labels
             done += len(labels)
             if progress is not None:
                 progress("evaluating", done * world_size, len(data))
     finally:
         model.train(training)
-    sums[3] = len(feed.skipped)
-    correct, loss, count, skipped = all_reduced(sums).tolist()
-    if not count:
-        raise InputError(f"no image of {data.name} could be read")
-    return Evaluation(correct / count, loss / count, int(count), int(skipped))

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from spt_fast.data import ImageDataset
-from spt_fast.distributed import all_reduced, world
+from spt_fast.distributed import all_reduced
 from spt_fast.errors import InputError
+from spt_fast.evaluation import judged_batches
 from spt_fast.feeding import ImageFeed
 from spt_fast.progress import Progress
 from spt_fast.tuned_vit import TunedViT
 
 
-@torch.no_grad()
 def confusion_matrix(
     model: TunedViT,
     data: ImageDataset,
@@ -49,24 +49,10 @@ def confusion_matrix(
         200
     """
     classes = model.head.out_features
-    if len(data.classes) > classes:
-        raise InputError(f"data has {len(data.classes)} classes and the model {classes}")
     feed = ImageFeed(data, model.device, num_workers=num_workers)
-    rank, world_size = world()
     counts = torch.zeros(classes * classes, dtype=torch.float64, device=feed.device)  # exact to 2**53 images
-    training = model.training
-    model.eval()
-    done = 0
-    try:
-        for images, labels in feed.batches(batch_size=batch_size, rank=rank, world_size=world_size):
-            if len(labels):
-                predicted = model(images).argmax(dim=1)
-                counts += torch.bincount(labels * classes + predicted, minlength=classes * classes)
-            done += len(labels)
-            if progress is not None:
-                progress("evaluating", done * world_size, len(data))
-    finally:
-        model.train(training)
+    for logits, labels in judged_batches(model, feed, batch_size=batch_size, progress=progress):
+        counts += torch.bincount(labels * classes + logits.argmax(dim=1), minlength=classes * classes)
     confusion = all_reduced(counts).long().view(classes, classes).cpu()
     if not confusion.any():
         raise InputError(f"no image of {data.name} could be read")
