@@ -48,6 +48,15 @@ def make_package(folder: Path, **modules: str) -> Path:
     return folder
 
 
+def prepend(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Python look here first.
+
+    ``monkeypatch.syspath_prepend`` would not do behind :func:`nowhere`: what it restores at the end, after all
+    attributes, is the list of then, without the real benchmarks, which the other tests of this process need.
+    """
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
+
+
 def forget_benchmarks() -> None:
     for name in [each for each in sys.modules if each.partition(".")[0] == "benchmarks"]:
         del sys.modules[name]
@@ -70,7 +79,7 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def fake(nowhere: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two made up benchmarks that can be imported, one of them not to the end."""
     modules = {"__init__": TABLES, "two_words": TWO_WORDS, "broken": "import no_such_module"}
-    monkeypatch.syspath_prepend(make_package(tmp_path / "fake", **modules))
+    prepend(make_package(tmp_path / "fake", **modules), monkeypatch)
 
 
 @pytest.mark.parametrize("arguments", [["bench"], ["bench", "--help"]])
@@ -133,7 +142,7 @@ def test_they_are_found_beside_the_package_behind_others_of_that_name(
     nowhere: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, init: dict[str, str]
 ) -> None:
     make_package(tmp_path / "source", __init__=TABLES, two_words=TWO_WORDS)
-    monkeypatch.syspath_prepend(make_package(tmp_path / "theirs", **init, two_words="raise SystemExit(9)"))
+    prepend(make_package(tmp_path / "theirs", **init, two_words="raise SystemExit(9)"), monkeypatch)
     assert run("bench", "two_words").code == 0
 
 
