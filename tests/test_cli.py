@@ -87,6 +87,7 @@ def test_version() -> None:
         ["prototypes", *TINY, "--data", "x", "--output", "y", "--method", "magic"],
         ["prototypes", *TINY, "--data", "x", "--output", "y", "--seed", "-1"],
         ["prototypes", *TINY, "--data", "x", "--output", "y", "--checkpoint-minutes", "-1"],
+        ["prototypes", *TINY, "--data", "x", "--output", "y", "--vipamin-neighbors", "8"],
         ["train", *TINY, "--data", "x", "--output", "y", "--resume", "--overwrite"],
         ["train", *TINY, "--data", "x", "--output", "y", "--prompts", "p", "--method", "kmeans"],
         ["predict", "--adapter", "x", "y.jpg", "--top", "0"],
@@ -141,6 +142,14 @@ def test_prototypes_are_those_of_python(photos: Path, tmp_path: Path) -> None:
     saved = spt_fast.Prototypes.load(output)
     assert torch.equal(saved.values, expected.values)
     assert saved.metadata["images"] == 12 and saved.metadata["data"] == "photos/train"
+
+
+def test_vipamin_is_told_its_neighbors_and_its_lambda(photos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "prompts.safetensors"
+    building = ["prototypes", *TINY, "--data", photos, "--output", output, "--method", "vipamin"]
+    assert run(*building, "--vipamin-neighbors", 3, "--vipamin-lambda", 0.5).code == 0
+    metadata = spt_fast.Prototypes.load(output).metadata
+    assert (metadata["vipamin_neighbors"], metadata["vipamin_lambda"]) == (3, 0.5)
 
 
 def test_several_numbers_of_prompts_are_a_file_each(photos: Path, tmp_path: Path) -> None:

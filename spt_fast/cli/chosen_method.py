@@ -97,29 +97,34 @@ def choose_method(
             raise typer.BadParameter(f"{_option(taken[0])} is for prompts, and {method} has none")
     elif named and was_given(context, "depth") and depth != found.depth:
         raise typer.BadParameter(f"--depth {depth} does not go with --method {method}; leave one out")
-    if found.depth is None or given is not None:
-        init = None
-    elif init is None or (named and not was_given(context, "init")):
-        init = found.init  # type: ignore[assignment]
-    if num_prompts is None or (named and not was_given(context, "num_prompts")):
-        num_prompts = found.num_prompts
-    if learning_rate is None or (named and not was_given(context, "learning_rate")):
-        learning_rate = found.learning_rate
+
+    def settled(name: str, value: Any, published: Any) -> Any:
+        """A recipe's value is for the recipe's method: one that is named without it is trained as published."""
+        return published if value is None or (named and not was_given(context, name)) else value
+
     options = parse_pairs("--method-option", method_option or [])
-    shares = options.pop("prune_tokens", 0.0), options.pop("prune_segments", 0.0)
-    if any(shares) and found.model is not E2VPTViT:
-        raise typer.BadParameter(f"--method-option prune_... is for e2vpt, not for {method}")
+    pruning = _take_pruning(options, method, found)
     return ChosenMethod(
         method,
         found,
         given,
-        init,
+        None if found.depth is None or given is not None else settled("init", init, found.init),
         found.depth or depth,
-        num_prompts,
-        learning_rate,
+        settled("num_prompts", num_prompts, found.num_prompts),
+        settled("learning_rate", learning_rate, found.learning_rate),
         options,
-        shares if any(shares) else None,
+        pruning,
     )
+
+
+def _take_pruning(options: dict[str, Any], method: str, found: Method) -> tuple[float, float] | None:
+    """Take the shares to prune, which are of the training and not of the model, out of the options."""
+    shares = options.pop("prune_tokens", 0.0), options.pop("prune_segments", 0.0)
+    if not any(shares):
+        return None
+    if found.model is not E2VPTViT:
+        raise typer.BadParameter(f"--method-option prune_... is for e2vpt, not for {method}")
+    return shares
 
 
 def _option(name: str) -> str:

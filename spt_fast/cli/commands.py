@@ -15,7 +15,7 @@ import spt_fast
 from spt_fast.cli.ablate import ablate
 from spt_fast.cli.analyze import analyze
 from spt_fast.cli.bench import BenchmarkGroup
-from spt_fast.cli.chosen_recipe import weights_for
+from spt_fast.cli.chosen_recipe import was_given, weights_for
 from spt_fast.cli.inputs import (
     build_from,
     check_folder,
@@ -143,6 +143,17 @@ def prototypes(
     layers: LayersOption = "same",
     data_fraction: FractionOption = 1.0,
     capture: CaptureOption = "paper",
+    vipamin_neighbors: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of how many positions a prompt of vipamin is the mean; 32, or all patches, if not given.",
+            show_default=False,
+        ),
+    ] = None,
+    vipamin_lambda: Annotated[
+        float, typer.Option(min=0, max=1, help="The share of the orthogonal part in vipamin.")
+    ] = 0.1,
     token_budget: TokenBudgetOption = "auto",
     token_cache: TokenCacheOption = None,
     checkpoint_minutes: CheckpointMinutesOption = 1.0,
@@ -169,6 +180,9 @@ def prototypes(
         raise InputError(
             f"--output must contain {{num_prompts}}, and --num-prompts differ, for {len(numbers)} files, got {output}"
         )
+    for name in ("vipamin_neighbors", "vipamin_lambda"):
+        if method != "vipamin" and was_given(context, name):
+            raise typer.BadParameter(f"--{name.replace('_', '-')} is for --method vipamin, not for {method}")
     if export_released is not None and len(numbers) > 1:
         raise InputError(
             "--export-released writes one set of prototypes, and several --num-prompts were given"
@@ -211,6 +225,8 @@ def prototypes(
             layers=layers,
             data_fraction=data_fraction,
             capture=capture,
+            vipamin_neighbors=vipamin_neighbors,
+            vipamin_lambda=vipamin_lambda,
             token_budget=parse_bytes("--token-budget", token_budget),
             token_cache=token_cache,
             seed=seed,
