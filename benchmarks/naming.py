@@ -14,7 +14,9 @@ from typing import Any
 BENCHMARKS = {
     "train_step": (
         "A training step",
-        "One step of a ViT with deep prompts: forward pass, loss, backward pass, optimizer.",
+        "One step of a ViT with deep prompts: forward pass, loss, backward pass, optimizer. No prompts: timm's forward "
+        "pass, with one learned vector on all tokens, which computes the last block for all of them and not for those "
+        "that are read.",
     ),
     "large_model": (
         "A training step of a large model",
@@ -183,9 +185,11 @@ def times(factor: float) -> str:
     """How many times as long.
 
     Example:
-        >>> [times(each) for each in (0.987, 12.34, 123456)]
-        ['0.99x', '12.3x', '123,456x']
+        >>> [times(each) for each in (0.00371, 0.987, 12.34, 123456)]
+        ['0.0037x', '0.99x', '12.3x', '123,456x']
     """
+    if factor < 0.1:
+        return f"{factor:.2g}x"
     return f"{factor:,.{2 if factor < 10 else 1 if factor < 100 else 0}f}x"
 
 

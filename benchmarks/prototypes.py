@@ -227,7 +227,7 @@ def extrapolate(
     for share in fractions:
         # Iterations grow with the tokens as well, so that a line is what it takes at least.
         seconds = proportional(measured) * share
-        rule = "in proportion to the images, from the largest share that was measured"
+        rule = f"in proportion to the images, from {max(measured)[0]:.0%} of them, the largest share that was measured"
         record.extrapolated({**common, "fraction": share}, RELEASED, seconds, rule, measured)
     show(f"extrapolated from {measured[-1][0]:.0%} of the images", record.rows[-len(fractions) :])
 

@@ -73,16 +73,23 @@ class ChosenImages:
             self._report("layer tokens", self.images, total)
 
     def random_batch(self, generator: torch.Generator) -> Tensor:
-        """One batch, each full batch being as likely as any other."""
+        """One batch, each full batch being as likely as any other.
+
+        Where the number of batches is known, the last one, which may be a partial one, is never it.
+        """
         chosen: Tensor | None = None
         full = 0
         length = len(self._all) if self._fraction == 1 and isinstance(self._all, Sized) else None
         if length:
-            # The length is known: walk to the chosen batch instead of through all; the last may be a partial one.
+            # Walk to the chosen batch instead of through all.
             index = int(torch.randint(max(1, length - 1), (), generator=generator))
             chosen = next(itertools.islice(self, index, None), None)
         else:
             for batch in self:
+                if not len(batch):
+                    continue
+                if chosen is None or len(batch) > len(chosen):
+                    full = 0  # what came before were partial ones
                 if chosen is None or len(batch) >= len(chosen):
                     full += 1
                     if int(torch.randint(full, (), generator=generator)) == 0:

@@ -27,7 +27,7 @@ class ImageFeed:
     """Batches of a data set on a device, epoch after epoch, and how long they were waited for.
 
     On a GPU, images that are kept decoded (:func:`spt_fast.data.cache_images`) are cropped, resized and normalised
-    there; everywhere else worker processes of the CPU decode and transform.
+    there; on a CPU, images in memory are transformed by this process and all others by worker processes.
 
     Args:
         data: the images, with a transform.

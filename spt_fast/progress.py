@@ -33,6 +33,8 @@ class _Rate(ProgressColumn):
 def progress_bar(console: Console | None = None) -> Iterator[Progress]:
     """A rich progress bar for the stage at work, with rate and time left, for the length of the block.
 
+    Where nobody watches, in a file for example, each stage is a line when it begins.
+
     Args:
         console: where to draw; ``None`` is standard error, so that standard output stays clean for data.
 
@@ -44,6 +46,10 @@ def progress_bar(console: Console | None = None) -> Iterator[Progress]:
         >>> with progress_bar(Console(quiet=True)) as progress:
         ...     progress("counting sheep", 3, 10)
     """
+    console = console or Console(stderr=True)
+    if not (console.is_terminal or console.is_jupyter):
+        yield _stages_in_lines(console)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -51,7 +57,7 @@ def progress_bar(console: Console | None = None) -> Iterator[Progress]:
         _Rate(),
         TimeRemainingColumn(),
     )
-    with RichProgress(*columns, console=console or Console(stderr=True)) as bar:
+    with RichProgress(*columns, console=console) as bar:
         current: dict[str, TaskID] = {}
 
         def update(stage: str, done: int, total: int | None) -> None:
@@ -63,3 +69,15 @@ def progress_bar(console: Console | None = None) -> Iterator[Progress]:
             bar.update(current[stage], completed=done, total=total)
 
         yield update
+
+
+def _stages_in_lines(console: Console) -> Progress:
+    said = ""
+
+    def update(stage: str, done: int, total: int | None) -> None:
+        nonlocal said
+        if stage != said:
+            said = stage
+            console.print(Text(stage), soft_wrap=True)
+
+    return update

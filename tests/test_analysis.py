@@ -162,6 +162,8 @@ def test_linear_cka_is_that_of_centred_gram_matrices() -> None:
     assert linear_cka(x, y).item() == pytest.approx(expected.item(), abs=1e-12)
     rotation = torch.linalg.qr(randn(5, 5, seed=2).double()).Q
     assert linear_cka(x, 3 * x @ rotation - 4).item() == pytest.approx(1, abs=1e-12)
+    alike = [linear_cka(each, 3 * each).item() for each in torch.randn(50, 4, 3)]
+    assert max(alike) <= 1
 
 
 def test_feature_cka_is_that_of_the_whole_matrices() -> None:

@@ -163,6 +163,29 @@ def test_the_site_has_every_page_and_every_name_in_the_reference() -> None:
             assert pydoc.locate(name) is not None, f"{page.name}: there is no {name}"
 
 
+@pytest.mark.parametrize(
+    "package",
+    [
+        "spt_fast",
+        *(
+            f"spt_fast.{name}"
+            for name in ("ablations", "analysis", "clustering", "data", "kernels", "methods", "recipe")
+        ),
+    ],
+)
+def test_the_reference_has_every_class_and_function(package: str) -> None:
+    shown = {
+        pydoc.locate(name)
+        for page in (ROOT / "docs" / "api").glob("*.md")
+        for name in re.findall(r"^::: (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    }
+    module = importlib.import_module(package)
+    missing = [
+        name for name in module.__all__ if callable(found := getattr(module, name)) and found not in shown
+    ]
+    assert not missing
+
+
 def pages_in(nav: Any) -> Iterator[str]:
     if isinstance(nav, str):
         yield nav

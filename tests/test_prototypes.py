@@ -142,6 +142,13 @@ def test_the_one_batch_is_drawn_from_all_full_ones(backbone, method, has_length)
     assert len(chosen) == 24 if method == "random_sample" else len(chosen) == 4
 
 
+def test_an_empty_batch_and_a_short_first_one_are_not_drawn(backbone):
+    source = ReIterable([noise(0, seed=1), noise(3, seed=2), *batches(2)])
+    for seed in range(8):
+        built = build_prototypes(backbone, source, num_prompts=2, method="random_sample", seed=seed)
+        assert built.metadata["images"] == 10
+
+
 @pytest.mark.parametrize("patch_size", [8, 4, (16, 8)])
 def test_uniform_is_vpts_start(make_backbone, patch_size):
     backbone = make_backbone(patch_size=patch_size)

@@ -33,7 +33,8 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
         raise InputError(f"x and y must be [n, D1] and [n, D2], got {list(x.shape)} and {list(y.shape)}")
     x, y = x.double() - x.double().mean(dim=0), y.double() - y.double().mean(dim=0)
-    return (y.T @ x).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())
+    alike = (y.T @ x).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())
+    return alike.clamp(max=1)  # rounding passes 1 by a little
 
 
 class MinibatchCKA:
@@ -149,7 +150,7 @@ class FeatureCKA:
         tokens = all_reduced(self._gram.clone()).cpu()
         ours = _feature_gram(prompts.cpu())
         ours, tokens = (gram / gram.flatten(1).norm(dim=1)[:, None, None] for gram in (ours, tokens))
-        return ours.flatten(1) @ tokens.flatten(1).T
+        return (ours.flatten(1) @ tokens.flatten(1).T).clamp(max=1)
 
 
 def _feature_gram(rows: Tensor) -> Tensor:
