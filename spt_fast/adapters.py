@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spt_fast._version import __version__
 from spt_fast.backbones import backbone_identity, load_backbone, source_of
-from spt_fast.errors import AdapterMismatchError, CheckpointError, InputError
+from spt_fast.errors import AdapterMismatchError, CheckpointError, InputError, UnsupportedModelError
 from spt_fast.methods import model_class
 from spt_fast.prompted_vit import PromptedViT
 from spt_fast.tensor_files import read_tensors, write_tensors
@@ -84,6 +84,8 @@ class Adapter:
         Raises:
             AdapterMismatchError: another backbone; the message names the difference.
             CheckpointError: what was stored is not what the method stores.
+            UnsupportedModelError: the method cannot be used on this backbone or with what is installed; the message
+                says why.
         """
         check_identity(self.config["backbone"]["identity"], backbone)
         state = {**dict(zip(HEAD, (self.head_weight, self.head_bias), strict=True)), **self.added}
@@ -94,6 +96,10 @@ class Adapter:
             options = self.config.get("tuning", {}).get("options", {})
             model = model_class(self.method)(backbone, **arguments, **options)
             model.load_task_state(state)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(
+                f"this adapter of {self.method} cannot be used here: {error}"
+            ) from error
         except (InputError, TypeError) as error:
             raise CheckpointError(f"this is not an adapter of {self.method}: {error}") from error
         model.classes = list(self.config["classes"])
@@ -179,6 +185,8 @@ def load_adapter(path: str | os.PathLike[str], backbone: VisionTransformer | Non
         MissingFileError: no such file, or the backbone's checkpoint is gone.
         CheckpointError: not an adapter.
         AdapterMismatchError: ``backbone`` is not the one it was trained on; the message names the difference.
+        UnsupportedModelError: its method cannot be used on ``backbone`` (8-bit weights that a method changes, for
+            example) or with what is installed; the message says why.
     """
     adapter = Adapter.load(path)
     return adapter.attach(adapter.load_backbone() if backbone is None else backbone)

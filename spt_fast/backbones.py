@@ -110,7 +110,15 @@ def load_backbone(
 
 
 def freeze(model: VisionTransformer) -> VisionTransformer:
-    """Put ``model`` in eval mode and stop gradients to all its parameters; returns the same object."""
+    """Put ``model`` in eval mode and stop gradients to all its parameters; returns the same object.
+
+    Raises:
+        UnsupportedModelError: it is another model's own copy, which that model changes.
+    """
+    if getattr(model, "spt_fast_changes", False):  # see spt_fast.methods.own_backbone
+        raise UnsupportedModelError(
+            "backbone is that of a model which changes it, such as full or lora; pass the backbone that was loaded"
+        )
     return model.eval().requires_grad_(False)
 
 

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from spt_fast._version import __version__
+from spt_fast.arguments import check_whole_number
 from spt_fast.backbones import backbone_identity, check_backbone, source_of
 from spt_fast.chosen_images import ChosenImages
 from spt_fast.clustering import Clustering, seeded_generator
@@ -246,8 +247,7 @@ def _check_choices(
     if not num_prompts:
         raise InputError("num_prompts must be a number or several, got none")
     for number in num_prompts:
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise InputError(f"num_prompts must be a whole number of at least 1, got {number!r}")
+        check_whole_number("num_prompts", number)
     for name, value, choices in (
         ("method", method, Method),
         ("depth", depth, Depth),
@@ -266,9 +266,8 @@ def _check_choices(
 
 
 def _check_vipamin(method: str, capture: str, neighbors: int | None, weight: float) -> None:
-    whole = isinstance(neighbors, int) and not isinstance(neighbors, bool) and neighbors >= 1
-    if neighbors is not None and not whole:
-        raise InputError(f"vipamin_neighbors must be None or a whole number of at least 1, got {neighbors!r}")
+    if neighbors is not None:
+        check_whole_number("vipamin_neighbors", neighbors)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= 1:
         raise InputError(f"vipamin_lambda must be from 0 to 1, got {weight!r}")
     if method == "vipamin" and capture != "paper":

@@ -13,6 +13,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from spt_fast.arguments import check_flag, check_share
 from spt_fast.backbones import check_backbone
 from spt_fast.errors import InputError
 from spt_fast.pooling import Pool, reads_prefix_only
@@ -110,8 +111,8 @@ class PromptedViT(DeepPromptedViT):
     ) -> None:
         check_backbone(backbone)
         values = prompt_values(prompts, backbone)
-        if not 0 <= prompt_dropout < 1:
-            raise InputError(f"prompt_dropout must be in [0, 1), got {prompt_dropout}")
+        check_share("prompt_dropout", prompt_dropout)
+        check_flag("train_prompts", train_prompts)
         super().__init__(backbone, num_classes=num_classes, pool=pool, checkpoint_blocks=checkpoint_blocks)
         self.prompts = nn.Parameter(values.to(self.device, copy=True), requires_grad=train_prompts)
         self.prompt_dropout = nn.Dropout(prompt_dropout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spt_fast.adapters import Adapter, load_adapter, save_adapter
+from spt_fast.arguments import check_share
 from spt_fast.data import ImageDataset
 from spt_fast.distributed import all_reduced, broadcast, from_rank_0, process_group
 from spt_fast.errors import InputError
@@ -21,6 +23,13 @@ from spt_fast.feeding import ImageFeed
 from spt_fast.files import write_text
 from spt_fast.methods.e2vpt import E2VPTViT
 from spt_fast.progress import Progress
+from spt_fast.run_folder import (
+    PRUNED_PARTS,
+    PRUNED_RESULTS,
+    refuse_other_kind,
+    refuse_to_replace,
+    remove_results,
+)
 from spt_fast.training import train
 from spt_fast.training_config import TrainingConfig
 from spt_fast.training_run import TrainingResult
@@ -106,8 +115,7 @@ def choose(
     """
     _check_shares({"tokens": tokens, "segments": segments})
     num_prompts, num_segments = segment_importance.shape
-    # 0.29 of 100 is 28.999999999999996
-    fewer_prompts, fewer_segments = int(tokens * num_prompts + 1e-9), int(segments * num_segments + 1e-9)
+    fewer_prompts, fewer_segments = _rounded_down(tokens, num_prompts), _rounded_down(segments, num_segments)
     kept = token_importance.argsort(stable=True)[fewer_prompts:].sort().values
     mask = torch.ones(len(kept), num_segments, dtype=torch.int64, device=kept.device)
     least = segment_importance[kept].argsort(dim=1, stable=True)[:, :fewer_segments]
@@ -178,11 +186,20 @@ def train_pruned(
     Raises:
         InputError: ``output`` is in use (and neither ``resume`` nor ``overwrite``) or was pruned by other shares, and
             as :func:`spt_fast.train`.
+
+    Warns:
+        RuntimeWarning: a share of so few prompts or segments that it prunes none.
     """
     shares = {"tokens": tokens, "segments": segments}
     _check_shares(shares)
+    for (name, share), number in zip(shares.items(), model.segment_mask.shape, strict=True):
+        if share and not _rounded_down(share, number):
+            warnings.warn(
+                f"{share} of {number} {name} is less than one: none is pruned", RuntimeWarning, stacklevel=2
+            )
     config, output = config or TrainingConfig(), Path(output)
-    start_file, pruning_file = output / "start.safetensors", output / "pruning.json"
+    pruning_file, start_file = (output / name for name in PRUNED_RESULTS)
+    trained, rewound = (output / part for part in PRUNED_PARTS)
     options: dict[str, Any] = {
         "config": config,
         "resume": resume,
@@ -194,11 +211,11 @@ def train_pruned(
         if rank == 0 and goes_on:
             model.load_task_state(dict(load_adapter(start_file, model.backbone).task_state()))
         elif rank == 0:
-            pruning_file.unlink(missing_ok=True)
+            remove_results(output)
             save_adapter(start_file, model, metadata={"pruning": shares})
         broadcast(list(model.task_state().values()))
         start = {name: value.detach().clone() for name, value in model.task_state().items()}
-        train(model, train_data, val_data, output=output / "trained", metadata=metadata, **options)
+        train(model, train_data, val_data, output=trained, metadata=metadata, **options)
 
         record = from_rank_0(lambda: json.loads(pruning_file.read_text()) if pruning_file.exists() else None)
         if record is None:
@@ -212,29 +229,30 @@ def train_pruned(
         pruning = Pruning(record["kept"], record["segment_mask"])
         model = prune(model, pruning, start=start)
         metadata = {**(metadata or {}), "pruning": {**shares, **asdict(pruning)}}
-        result = train(model, train_data, val_data, output=output / "rewound", metadata=metadata, **options)
+        result = train(model, train_data, val_data, output=rewound, metadata=metadata, **options)
         return model, result
 
 
 def _check_shares(shares: dict[str, float]) -> None:
     for name, share in shares.items():
-        if not 0 <= share < 1:
-            raise InputError(f"{name}, a share to prune, must be in [0, 1), got {share}")
+        check_share(f"{name}, a share to prune,", share)
+
+
+def _rounded_down(share: float, number: int) -> int:
+    return int(share * number + 1e-9)  # 0.29 of 100 is 28.999999999999996
 
 
 def _goes_on(start_file: Path, shares: dict[str, float], *, resume: bool, overwrite: bool) -> bool:
     """Whether there is something to go on from."""
+    folder = start_file.parent
+    if not (resume or overwrite):
+        refuse_to_replace(folder)
+    if not resume:
+        return False
+    refuse_other_kind(folder, prunes=True)
     if not start_file.exists():
         return False
-    if resume:
-        before = Adapter.load(start_file).config["pruning"]
-        if before != shares:
-            raise InputError(
-                f"the run in {start_file.parent} prunes {before} and this call asks for {shares}"
-            )
-        return True
-    if not overwrite:
-        raise InputError(
-            f"output {start_file.parent} already holds a run; resume it, overwrite it or name another folder"
-        )
-    return False
+    before = Adapter.load(start_file).config["pruning"]
+    if before != shares:
+        raise InputError(f"the run in {folder} prunes {before} and this call asks for {shares}")
+    return True

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from sklearn.model_selection import ParameterGrid, ParameterSampler
 
+from spt_fast.arguments import check_whole_number
 from spt_fast.errors import InputError
 from spt_fast.training_config import TrainingConfig
 
@@ -62,8 +63,8 @@ def points_of(
         ['learning_rate=0.1,num_prompts=5', 'learning_rate=0.1,num_prompts=20']
     """
     checked = {name: _values(name, values) for name, values in space.items()}
-    if trials is not None and (isinstance(trials, bool) or not isinstance(trials, int) or trials < 1):
-        raise InputError(f"trials must be a whole number of at least 1, got {trials!r}")
+    if trials is not None:
+        check_whole_number("trials", trials)
     # Every single value is looked at, also one that is not drawn.
     grid = ParameterGrid(checked)
     points = {_name(parameters): _point(parameters, config, num_prompts) for parameters in map(_sorted, grid)}
@@ -96,8 +97,7 @@ def _values(name: str, values: Any) -> list[Any]:
 
 def _point(parameters: dict[str, Any], config: TrainingConfig, num_prompts: int) -> Point:
     num_prompts = parameters.get("num_prompts", num_prompts)
-    if isinstance(num_prompts, bool) or not isinstance(num_prompts, int) or num_prompts < 1:
-        raise InputError(f"num_prompts must be a whole number of at least 1, got {num_prompts!r}")
+    check_whole_number("num_prompts", num_prompts)
     changes = {name: value for name, value in parameters.items() if name != "num_prompts"}
     try:
         chosen = replace(config, **changes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spt_fast.arguments import check_whole_number
 from spt_fast.errors import InputError
 from spt_fast.tuned_vit import TunedViT
 
@@ -42,8 +43,7 @@ class SegmentationViT(nn.Module):
         if not isinstance(model, TunedViT):
             raise InputError(f"model must be a TunedViT such as PromptedViT, got {type(model).__name__}")
         if num_classes is not None:
-            if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-                raise InputError(f"num_classes must be a whole number of at least 1, got {num_classes!r}")
+            check_whole_number("num_classes", num_classes)
             old = model.head.weight
             model.head = nn.Linear(old.shape[1], num_classes, device=old.device, dtype=old.dtype)
             nn.init.trunc_normal_(model.head.weight, std=0.02)

@@ -22,6 +22,7 @@ class SeparateTasks(nn.Module):
     Raises:
         AdapterMismatchError: an adapter belongs to another backbone.
         CheckpointError: an adapter does not hold what its method stores.
+        UnsupportedModelError: its method cannot be used here.
 
     Example:
         >>> from spt_fast import load_backbone

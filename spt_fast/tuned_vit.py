@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
+from spt_fast.arguments import check_flag, check_whole_number
 from spt_fast.backbones import check_backbone, embed, final_norm, freeze, image_settings
 from spt_fast.compile_modes import EAGER, measure_modes
 from spt_fast.errors import InputError
@@ -51,7 +52,7 @@ class TunedViT(nn.Module):
         classes: names of the outputs, where they are known (after :func:`spt_fast.load_adapter`), else ``None``.
 
     Raises:
-        UnsupportedModelError: the backbone cannot be tuned.
+        UnsupportedModelError: the backbone cannot be tuned, or is another model's own copy, which that model changes.
         InputError: an unknown ``pool``, ``num_classes < 1``.
     """
 
@@ -68,8 +69,8 @@ class TunedViT(nn.Module):
     ) -> None:
         super().__init__()
         check_backbone(backbone)
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-            raise InputError(f"num_classes must be a whole number of at least 1, got {num_classes!r}")
+        check_whole_number("num_classes", num_classes)
+        check_flag("checkpoint_blocks", checkpoint_blocks)
         if pool is not None and pool not in get_args(Pool):
             raise InputError(f"pool must be None or one of {', '.join(get_args(Pool))}, got {pool!r}")
         if pool == "avg_with_prompts" and not self.takes_prompts:
@@ -156,11 +157,11 @@ class TunedViT(nn.Module):
         """Compute in ``dtype`` from now on; what learns keeps its own. Returns ``self``.
 
         Frozen weights are cast once, as a copy: the caller's own backbone object stays as it is. A backbone in which
-        weights learn keeps them as they are and runs under autocast.
+        weights learn keeps them as they are, and runs under autocast where ``dtype`` has 16 bits.
         """
         own = next(self.backbone.parameters()).dtype
         if any(parameter.requires_grad for parameter in self.backbone.parameters()):
-            self.compute_dtype = None if dtype == own else dtype
+            self.compute_dtype = dtype if dtype != own and dtype.itemsize == 2 else None
         elif own != dtype:
             if is_sharded(self.backbone):
                 raise InputError(

@@ -91,7 +91,7 @@ def test_methods_without_prompts_are_trained_and_served(photos: Path, tmp_path: 
     found = {each["class"]: each["probability"] for each in seen.json[0]["predictions"]}
     assert found == pytest.approx(expected, rel=1e-4)
     assert run(*train, "--resume", "--snapshot-interval", 1).code == 0
-    check_refused(run(*train[:-1], "linear" if method == "bitfit" else "bitfit", "--resume"), "method=")
+    check_refused(run(*train[:-1], "linear" if method == "bitfit" else "bitfit", "--resume"), "--method")
 
 
 def test_e2vpt_is_trained_pruned_rewound_and_trained_again(photos: Path, tmp_path: Path) -> None:

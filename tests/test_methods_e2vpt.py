@@ -94,7 +94,9 @@ def test_number_of_parameters() -> None:
     ("arguments", "message"),
     [
         ({"prompts": torch.ones(1, 5, 48)}, r"deep prompts \[3, P, 48\], got \[1, 5, 48\]"),
-        ({"num_key_value_prompts": 0}, "num_key_value_prompts must be at least 1"),
+        ({"num_key_value_prompts": 0}, "num_key_value_prompts must be a whole number of at least 1"),
+        ({"num_key_value_prompts": 2.5}, "num_key_value_prompts must be a whole number of at least 1"),
+        ({"num_segments": True}, "num_segments must be a whole number of at least 1, got True"),
         ({"num_segments": 7}, "num_segments must divide the width 48, got 7"),
     ],
 )
@@ -143,8 +145,8 @@ def test_the_least_important_go_prompts_first() -> None:
     everything = choose(tokens, segments, tokens=0.0, segments=0.0)
     assert everything.kept == [0, 1, 2, 3, 4] and everything.segment_mask == [[1] * 8] * 5
     assert len(choose(torch.rand(100), torch.rand(100, 8), tokens=0.29, segments=0).kept) == 71
-    for share in (-0.1, 1.0):
-        with pytest.raises(InputError, match=r"tokens, a share to prune, must be in \[0, 1\)"):
+    for share in (-0.1, 1.0, float("nan"), "0.5", True):
+        with pytest.raises(InputError, match=r"tokens, a share to prune, must be a number in \[0, 1\)"):
             choose(tokens, segments, tokens=share, segments=0.0)
 
 

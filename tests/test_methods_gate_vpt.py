@@ -123,3 +123,9 @@ def test_number_of_parameters() -> None:
 def test_deep_prompts_are_refused() -> None:
     with pytest.raises(InputError, match=r"shallow prompts \[1, P, 48\], got \[3, 5, 48\]"):
         GatedPromptViT(make_vit(), make_prompts(make_vit(), 3), num_classes=2)
+
+
+@pytest.mark.parametrize("gate_logit", ["abc", None, True, float("nan"), float("-inf")])
+def test_where_gates_start_is_a_finite_number(gate_logit: Any) -> None:
+    with pytest.raises(InputError, match=f"gate_logit must be a finite number, got {gate_logit!r}"):
+        GatedPromptViT(make_vit(), make_prompts(make_vit(), 1), num_classes=2, gate_logit=gate_logit)

@@ -14,10 +14,11 @@ from naive_methods import (
     double_case,
     naive_features,
 )
+from timm.layers import SwiGLU
 from tiny import noise, tiny_backbone
 
 from spt_fast import load_adapter, save_adapter
-from spt_fast.errors import AdapterMismatchError, InputError
+from spt_fast.errors import AdapterMismatchError, CheckpointError, InputError, UnsupportedModelError
 from spt_fast.methods import build_model
 from spt_fast.methods.lora import LAYERS, LoraViT
 
@@ -147,9 +148,15 @@ def test_number_of_parameters(make_backbone):
     [
         ({"rank": 0}, "rank must be a whole number of at least 1, got 0"),
         ({"alpha": 0.5}, "alpha must be a whole number of at least 1, got 0.5"),
-        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
-        ({"layers": ()}, r"layers must be some of qkv, .* got \[\]"),
-        ({"layers": "keys"}, r"layers must be some of qkv, .* got \['keys'\]"),
+        ({"dropout": 1.0}, r"dropout must be a number in \[0, 1\), got 1.0"),
+        ({"dropout": "abc"}, r"dropout must be a number in \[0, 1\), got 'abc'"),
+        ({"dropout": True}, r"dropout must be a number in \[0, 1\), got True"),
+        ({"layers": ()}, r"layers must be some of qkv, .* got \(\)"),
+        ({"layers": 5}, "layers must be some of qkv, .* got 5"),
+        ({"layers": None}, "layers must be some of qkv, .* got None"),
+        ({"layers": [["q"]]}, r"layers must be some of qkv, .* got \[\['q'\]\]"),
+        ({"layers": {"q": 1}}, r"layers must be some of qkv, .* got \{'q': 1\}"),
+        ({"layers": "keys"}, r"layers must be some of qkv, .* got 'keys'"),
         ({"layers": ("qkv", "v")}, r"layers has qkv and parts of it \(v\)"),
     ],
 )
@@ -158,7 +165,44 @@ def test_wrong_options(make_backbone, options, message):
         build_model("lora", make_backbone(), num_classes=4, **options)
 
 
-def test_without_the_library(make_backbone, monkeypatch):
+@pytest.mark.parametrize(
+    ("layers", "missing"), [(("q", "fc1"), "fc1"), (("fc1",), "fc1"), (("fc2", "fc1"), "fc1")]
+)
+def test_layers_that_a_block_does_not_have(make_backbone, layers, missing):
+    backbone = make_backbone("aimv2_large_patch14_224")
+    with pytest.raises(UnsupportedModelError, match=f"block 0, whose MLP is a SwiGLU, has no {missing}$"):
+        build_model("lora", backbone, num_classes=4, pool="avg", layers=layers)
+    assert build_model("lora", backbone, num_classes=4, pool="avg", layers=("q", "fc2")).layers == [
+        "q",
+        "fc2",
+    ]
+
+
+def test_one_block_of_several_that_lacks_a_layer(make_backbone):
+    backbone = make_backbone()
+    backbone.blocks[2].mlp = SwiGLU(48, 64)
+    with pytest.raises(UnsupportedModelError, match="block 2, whose MLP is a SwiGLU, has no fc1$"):
+        build_model("lora", backbone, num_classes=4, layers=["qkv", "fc1"])
+
+
+def test_float32_is_computed_on_a_bfloat16_backbone_where_asked(make_backbone):
+    backbone = copy.deepcopy(make_backbone()).bfloat16()
+    model = LoraViT(backbone, num_classes=4, layers=("q", "v")).eval()
+    learning = list(model.task_state().values())
+    with torch.no_grad():
+        model.cast_backbone(torch.float32)
+        assert model.forward_features(noise(2)).dtype == torch.float32
+        expected = LoraViT(copy.deepcopy(backbone).float(), num_classes=4, layers=("q", "v"))
+        expected.load_task_state(model.task_state())
+        torch.testing.assert_close(model(noise(2)), expected.eval()(noise(2)))
+    # The objects that an optimizer holds, and the caller's own backbone, are as before.
+    assert all(a is b for a, b in zip(learning, model.task_state().values(), strict=True))
+    assert {value.dtype for value in backbone.parameters()} == {torch.bfloat16}
+
+
+def test_without_the_library(make_backbone, monkeypatch, tmp_path):
+    backbone, stored = make_backbone(), tmp_path / "lora.safetensors"
+    save_adapter(stored, LoraViT(backbone, num_classes=4))
     original = builtins.__import__
 
     def without_peft(name, *args, **kwargs):
@@ -169,3 +213,9 @@ def test_without_the_library(make_backbone, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_peft)
     with pytest.raises(InputError, match=r"pip install spt-fast\[lora\]"):
         build_model("lora", make_backbone(), num_classes=4)
+    # An adapter that is sound is not called a damaged one.
+    with pytest.raises(
+        UnsupportedModelError, match=r"of lora cannot be used here: .*spt-fast\[lora\]"
+    ) as caught:
+        load_adapter(stored, backbone)
+    assert not isinstance(caught.value, CheckpointError)

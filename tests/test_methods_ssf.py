@@ -91,7 +91,7 @@ def test_number_of_parameters(make_backbone):
 
 
 def test_wrong_options(make_backbone):
-    with pytest.raises(InputError, match="init_std must be at least 0 and finite, got -1"):
+    with pytest.raises(InputError, match="init_std must be a finite number of at least 0, got -1"):
         build_model("ssf", make_backbone(), num_classes=4, init_std=-1)
     with pytest.raises(UnsupportedModelError, match="fc1 and fc2, got a SwiGLU"):
         build_model("ssf", make_backbone(mlp_layer=SwiGLU), num_classes=4)

@@ -6,7 +6,7 @@ import torch
 from spt_fast import Adapter, TrainingConfig, build_prototypes, load_adapter, load_backbone, train
 from spt_fast.backbones import image_settings
 from spt_fast.data import ImageDataset, load_dataset, make_loader, make_transform
-from spt_fast.errors import InputError
+from spt_fast.errors import InputError, UnsupportedModelError
 from spt_fast.methods import METHODS, build_model, find_method, model_class
 
 CLASSES = ["0", "1", "2"]
@@ -97,11 +97,24 @@ def test_learns_and_is_stored(tmp_path, backbone, digits, name):
         ),
         ("snf", {"pool": "avg_with_prompts"}, "needs prompts, and snf has none"),
         ("linear", {"num_classes": 0}, "num_classes must be a whole number of at least 1, got 0"),
+        ("vpt_deep", {"num_prompts": "5"}, "num_prompts must be a whole number of at least 1, got '5'"),
+        ("vpt_deep", {"num_prompts": 2.5}, "num_prompts must be a whole number of at least 1, got 2.5"),
+        ("vapt", {"num_prompts": True}, "num_prompts must be a whole number of at least 1, got True"),
+        ("vapt", {"rank": 4}, "it has kernel_size, hidden_dim, channel_dropout, checkpoint_blocks"),
+        ("linear", {"checkpoint_blocks": "yes"}, "checkpoint_blocks must be True or False, got 'yes'"),
+        (["lora"], {}, r"method must be one of spt_shallow, .* got \['lora'\]"),
+        (None, {}, "method must be one of spt_shallow, .* got None"),
     ],
 )
 def test_errors_of_build_model(backbone, name, arguments, message):
     with pytest.raises(InputError, match=message):
         build_model(name, backbone, **{"num_classes": 3, "pool": "avg", **arguments})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_no_vision_transformer_is_refused(name):
+    with pytest.raises(UnsupportedModelError, match="Linear cannot be prompted"):
+        build_model(name, torch.nn.Linear(3, 3), num_classes=3)
 
 
 def test_names():

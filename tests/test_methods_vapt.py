@@ -164,10 +164,15 @@ def test_number_of_parameters() -> None:
         ({}, "either prompts or num_prompts"),
         ({"num_prompts": 5, "prompts": torch.ones(3, 5, 48)}, "either prompts or num_prompts"),
         ({"prompts": torch.ones(1, 5, 48)}, r"deep prompts \[3, P, 48\], got \[1, 5, 48\]"),
-        ({"num_prompts": 0}, "num_prompts must be at least 1, got 0"),
+        ({"num_prompts": 0}, "num_prompts must be a whole number of at least 1, got 0"),
         ({"num_prompts": 5, "kernel_size": 5}, "kernel_size must be from 1 to 4"),
-        ({"num_prompts": 5, "hidden_dim": 0}, "hidden_dim must be at least 1"),
-        ({"num_prompts": 5, "channel_dropout": 1.0}, "channel_dropout must be in"),
+        ({"num_prompts": 5, "hidden_dim": 0}, "hidden_dim must be a whole number of at least 1"),
+        ({"num_prompts": 5, "channel_dropout": 1.0}, "channel_dropout must be a number in"),
+        ({"num_prompts": 2.5}, "num_prompts must be a whole number"),
+        ({"num_prompts": 5, "kernel_size": 2.5}, "kernel_size must be a whole number"),
+        ({"num_prompts": 5, "kernel_size": "abc"}, "kernel_size must be a whole number"),
+        ({"num_prompts": 5, "hidden_dim": 2.5}, "hidden_dim must be a whole number"),
+        ({"num_prompts": 5, "channel_dropout": "abc"}, "channel_dropout must be a number in"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
@@ -176,5 +181,17 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> Non
 
 
 def test_images_of_another_size_are_refused() -> None:
-    with pytest.raises(InputError, match="images of 16 patches and got one of 36"):
+    with pytest.raises(InputError, match="images of 4 x 4 patches and got images of 6 x 6"):
         adaptive("dynamic_img_size")(torch.randn(1, 3, 48, 48))
+
+
+@pytest.mark.parametrize(("own", "height", "width"), [((32, 32), 16, 64), ((32, 64), 64, 32)])
+def test_as_many_patches_in_another_shape_are_refused(
+    make_backbone: Any, own: tuple[int, int], height: int, width: int
+) -> None:
+    backbone = make_backbone(dynamic_img_size=True, img_size=own, depth=1)
+    model = VaptViT(backbone, num_prompts=2, num_classes=2).eval()
+    assert model(torch.randn(1, 3, *own)).shape == (1, 2)
+    words = rf"{own[0] // 8} x {own[1] // 8} patches and got images of {height // 8} x {width // 8}$"
+    with pytest.raises(InputError, match=words):
+        model(torch.randn(1, 3, height, width))

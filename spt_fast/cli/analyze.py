@@ -55,6 +55,7 @@ from spt_fast.errors import InputError
 from spt_fast.feeding import workers_for
 from spt_fast.progress import progress_bar
 from spt_fast.prototypes import Prototypes
+from spt_fast.run_folder import PRUNED_PARTS, holds_pruned_run
 
 # What says which backbone prototypes belong to; an adapter knows its own.
 BACKBONE_OPTIONS = ("model", "pretrained", "model_kwarg", "recipe")
@@ -177,6 +178,11 @@ def _open_prompts(prompts: list[Path], adapters: list[Path], run: Path | None) -
             raise InputError(f"{name} was given {count} times")
     sets = [prompts_of_prototypes(*each) for each in zip(prompts, names, strict=False)]
     sets += [prompts_of_adapter(*each) for each in zip(adapters, names[len(prompts) :], strict=True)]
+    if run is not None and holds_pruned_run(run):
+        parts = " and ".join(str(run / part) for part in PRUNED_PARTS)
+        raise InputError(
+            f"--run {run} is two runs, before and after its prompts were pruned: {parts}; name one"
+        )
     of_run = [] if run is None else prompts_of_run(run)
     for each in of_run:
         if each.name in names:

@@ -8,17 +8,26 @@ from typing import Any, get_args
 
 import typer
 
+from spt_fast.arguments import check_share
 from spt_fast.building import Depth
 from spt_fast.building import Method as Start
 from spt_fast.cli.chosen_recipe import was_given
 from spt_fast.cli.inputs import parse_pairs
-from spt_fast.methods import Method, find_method
+from spt_fast.errors import InputError
+from spt_fast.methods import Method, find_method, options_of
 from spt_fast.methods.e2vpt import E2VPTViT
 from spt_fast.prototypes import Prototypes
 
 # Options that say how prompts are built or used; the second kind holds for given prompts as well.
 BUILDING = ("init", "num_prompts", "depth", "layers", "data_fraction", "capture")
 PROMPTING = ("prompts", "freeze_prompts", "prompt_dropout")
+# Options of methods that --method-option leaves to an option of the command.
+ELSEWHERE = {
+    "checkpoint_blocks": "--checkpoint-blocks",
+    "train_prompts": "--freeze-prompts",
+    "prompt_dropout": "--prompt-dropout",
+}
+PRUNING = ("prune_tokens", "prune_segments")
 
 
 @dataclass(frozen=True)
@@ -69,24 +78,25 @@ def choose_method(
         prompts, method, init, depth, num_prompts, learning_rate, method_option: the options.
 
     Raises:
-        InputError: there is no such method.
+        InputError: there is no such method, or a ``method_option`` is none of it.
         MissingFileError, CheckpointError: no prototypes can be read from ``--prompts``.
         typer.BadParameter: options that do not go together.
     """
     taken = [name for name in BUILDING if was_given(context, name)]
-    if method in get_args(Start):
+    named_start = method in get_args(Start)
+    if named_start:
         if was_given(context, "method"):
             taken.insert(0, "method")
         if was_given(context, "init"):
             raise typer.BadParameter(f"--method {method} is a start as --init is; give one of them")
-        init, method = method, ""  # type: ignore[assignment]
+        init = method  # type: ignore[assignment]
     if prompts is not None and taken:
         raise typer.BadParameter(
             f"--prompts are prototypes already; {_option(taken[0])} says how to build them"
         )
     given = None if prompts is None else Prototypes.load(prompts)
-    named = was_given(context, "method") and method != ""
-    if not named and method in ("", "spt_deep"):
+    named = was_given(context, "method") and not named_start
+    if named_start or (not named and method == "spt_deep"):
         if given is not None:
             depth = "deep" if len(given.values) > 1 else "shallow"
         method = f"spt_{depth}"
@@ -104,6 +114,7 @@ def choose_method(
 
     options = parse_pairs("--method-option", method_option or [])
     pruning = _take_pruning(options, method, found)
+    _check_options(options, method, found)
     return ChosenMethod(
         method,
         found,
@@ -119,12 +130,26 @@ def choose_method(
 
 def _take_pruning(options: dict[str, Any], method: str, found: Method) -> tuple[float, float] | None:
     """Take the shares to prune, which are of the training and not of the model, out of the options."""
-    shares = options.pop("prune_tokens", 0.0), options.pop("prune_segments", 0.0)
-    if not any(shares):
-        return None
-    if found.model is not E2VPTViT:
+    if found.model is not E2VPTViT and options.keys() & set(PRUNING):
         raise typer.BadParameter(f"--method-option prune_... is for e2vpt, not for {method}")
-    return shares
+    for name in options.keys() & set(PRUNING):
+        check_share(f"--method-option {name}", options[name])
+    tokens, segments = (options.pop(name, 0.0) for name in PRUNING)
+    return (tokens, segments) if tokens or segments else None
+
+
+def _check_options(options: dict[str, Any], method: str, found: Method) -> None:
+    """Every name is one of the method's own, and none of those that have an option of the command."""
+    own = options_of(method)
+    for name in options:
+        if name not in own:
+            there = [each for each in own if each not in ELSEWHERE]
+            there += PRUNING if found.model is E2VPTViT else ()
+            raise InputError(
+                f"--method-option {name} is no option of {method}; it has {', '.join(there) or 'none'}"
+            )
+        if name in ELSEWHERE:
+            raise InputError(f"--method-option {name} has an option of its own, {ELSEWHERE[name]}")
 
 
 def _option(name: str) -> str:

@@ -28,7 +28,9 @@ from spt_fast.multi_task_vit import MultiTaskViT
 from spt_fast.progress import Progress
 from spt_fast.prompted_vit import PromptedViT
 from spt_fast.prototypes import Prototypes
+from spt_fast.run_folder import refuse_other_kind
 from spt_fast.separate_tasks import SeparateTasks
+from spt_fast.sweep_folder import read_json
 from spt_fast.token_store import Budget
 from spt_fast.tuned_vit import TunedViT
 
@@ -142,6 +144,16 @@ def parse_bytes(option: str, text: str) -> Budget:
     return int(float(amount) * base ** ("kMGT".index(prefix) + 1 if prefix else 0))
 
 
+def check_same_run(output: Path, method: str, *, prunes: bool) -> None:
+    """Raise before anything is built if ``--resume`` finds the run of another method."""
+    refuse_other_kind(output, prunes=prunes)
+    begun_with = (read_json(output / "config.json") or {}).get("method", method)
+    if begun_with != method:
+        raise InputError(
+            f"the run in {output} began with --method {begun_with} and this call asks for --method {method}"
+        )
+
+
 def start_of_run(
     output: Path,
     given: Prototypes | None,
@@ -167,9 +179,10 @@ def start_of_run(
                     f"and this call asks for {name}={value!r}"
                 )
         return start
-    if not resume:
-        # What was trained here before is being replaced; after an interruption --resume must not find it.
-        (output / "checkpoint.pt").unlink(missing_ok=True)
+    if resume and (output / "checkpoint.pt").exists():
+        raise InputError(
+            f"the run in {output} started without {kept.name}, and this call starts from prompts"
+        )
     start = given or build()
     start.save(kept)
     return start

@@ -16,6 +16,7 @@ from spt_fast.cli.chosen_recipe import chosen, warn_of_counts, warn_of_untried, 
 from spt_fast.cli.inputs import (
     build_from,
     check_folder,
+    check_same_run,
     open_backbone,
     open_images,
     start_of_run,
@@ -59,13 +60,14 @@ from spt_fast.cli.options import (
 from spt_fast.cli.printing import report_skipped, resumable, show, status
 from spt_fast.data import load_dataset
 from spt_fast.devices import choose_device
-from spt_fast.distributed import process_group
+from spt_fast.distributed import from_rank_0, process_group
 from spt_fast.errors import InputError
 from spt_fast.low_precision import WeightDtype
 from spt_fast.methods import build_model
 from spt_fast.methods.e2vpt import E2VPTViT
 from spt_fast.progress import Progress, progress_bar
 from spt_fast.pruned_training import train_pruned
+from spt_fast.run_folder import START, holds_run, remove_run
 from spt_fast.sharding import shard_blocks
 from spt_fast.training import training_dtype
 from spt_fast.training_config import Dtype, TrainingConfig
@@ -191,16 +193,18 @@ def train(
     if image_cache is not None:
         check_folder("--image-cache", image_cache)
     warn_of_untried(context)
-    if (output / "config.json").exists() and not (resume or overwrite):
+    if holds_run(output) and not (resume or overwrite):
         raise InputError(
             f"--output {output} already holds a run; --resume it, --overwrite it or name another folder"
         )
+    if resume:
+        check_same_run(output, tuning.name, prunes=tuning.pruning is not None)
     chosen_device = choose_device(device)
     if chosen(context) is not None:
         load_dataset(data, split, layout=layout)  # a mistake is found before weights are fetched
     with (
         process_group(chosen_device),
-        resumable(output / "prompts.partial", output / "prompts.safetensors"),
+        resumable(*(output / name for name in (*START, "checkpoint.pt"))),
         progress_bar(status) as progress,
     ):
         weights = weights_for(context, checkpoint, pretrained)
@@ -266,6 +270,9 @@ def train(
         rows = len(backbone.blocks) if tuning.depth == "deep" else 1
         # Options that do not go together are found here, not after the prototypes have been built.
         tuned(tuning.given or torch.zeros(rows, 1, backbone.embed_dim) if starts else None)
+        if not resume:
+            # After an interruption --resume must not find what is being replaced.
+            from_rank_0(lambda: remove_run(output))
         metadata: dict[str, Any] = {"method": tuning.name}
         start = None
         if starts:

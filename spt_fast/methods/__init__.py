@@ -13,6 +13,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from spt_fast.arguments import check_whole_number
+from spt_fast.backbones import check_backbone
 from spt_fast.errors import InputError
 from spt_fast.methods.adapter import AdapterViT
 from spt_fast.methods.bitfit import BitFitViT
@@ -117,7 +119,7 @@ def find_method(name: str) -> Method:
     Raises:
         InputError: there is none; the message lists them.
     """
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise InputError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
     return METHODS[name]
 
@@ -132,6 +134,20 @@ def model_class(kind: str) -> type[TunedViT]:
     if kind not in classes:
         raise InputError(f"there is no method {kind!r} here; there are {', '.join(classes)}")
     return classes[kind]
+
+
+def options_of(name: str) -> list[str]:
+    """The names of a method's own options: what its class takes beside the arguments of :func:`build_model`.
+
+    Raises:
+        InputError: there is no such method.
+
+    Example:
+        >>> options_of("adapter")
+        ['bottleneck', 'placement', 'checkpoint_blocks']
+    """
+    own = inspect.signature(build_model).parameters
+    return [each for each in inspect.signature(find_method(name).model).parameters if each not in own]
 
 
 def build_model(
@@ -158,6 +174,7 @@ def build_model(
         **options: arguments of the method's class, for example ``rank=8`` of LoRA.
 
     Raises:
+        UnsupportedModelError: the backbone cannot be tuned, or not by this method.
         InputError: an unknown method or option, prompts for a method that takes none or of the other depth, or none
             for one that starts from data.
 
@@ -169,12 +186,10 @@ def build_model(
         {'prompts': (2, 5, 192), 'head.weight': (10, 192), 'head.bias': (10,)}
     """
     method = find_method(name)
-    known = inspect.signature(method.model).parameters
-    fixed = ("backbone", "prompts", "num_classes", "pool")
+    check_backbone(backbone)
     for option in options:
-        if option not in known or option in fixed:
-            possible = ", ".join(each for each in known if each not in fixed)
-            raise InputError(f"{option} is no option of {name}; it has {possible}")
+        if option not in options_of(name):
+            raise InputError(f"{option} is no option of {name}; it has {', '.join(options_of(name))}")
     arguments: dict[str, Any] = {"num_classes": num_classes, "pool": pool, **options}
     if method.depth is None:
         for argument, value in (("prompts", prompts), ("num_prompts", num_prompts)):
@@ -188,8 +203,7 @@ def build_model(
                 f"{name} starts from prototypes: pass prompts=build_prototypes(..., depth={method.depth!r})"
             )
         number = method.num_prompts if num_prompts is None else num_prompts
-        if number < 1:
-            raise InputError(f"num_prompts must be a whole number of at least 1, got {number!r}")
+        check_whole_number("num_prompts", number)
         if method.init is None:
             arguments["num_prompts"] = number
             return method.model(backbone, **arguments)

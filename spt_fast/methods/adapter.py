@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from spt_fast.arguments import check_whole_number
 from spt_fast.errors import InputError
 from spt_fast.pooling import Pool
 from spt_fast.tuned_vit import TunedViT
@@ -76,8 +77,7 @@ class AdapterViT(TunedViT):
         pool: Pool | None = None,
         checkpoint_blocks: bool = False,
     ) -> None:
-        if isinstance(bottleneck, bool) or not isinstance(bottleneck, int) or bottleneck < 1:
-            raise InputError(f"bottleneck must be a whole number of at least 1, got {bottleneck!r}")
+        check_whole_number("bottleneck", bottleneck)
         if placement not in get_args(Placement):
             raise InputError(f"placement must be one of {', '.join(get_args(Placement))}, got {placement!r}")
         super().__init__(backbone, num_classes=num_classes, pool=pool, checkpoint_blocks=checkpoint_blocks)

@@ -8,6 +8,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from spt_fast.arguments import check_whole_number
 from spt_fast.errors import InputError
 from spt_fast.pooling import Pool
 from spt_fast.prompted_block import PromptKeysValues, prompt_keys_values
@@ -82,9 +83,9 @@ class E2VPTViT(PromptedViT):
             raise InputError(
                 f"e2vpt takes deep prompts [{depth}, P, {width}], got {list(self.prompts.shape)}"
             )
-        if num_key_value_prompts < 1:
-            raise InputError(f"num_key_value_prompts must be at least 1, got {num_key_value_prompts}")
-        if num_segments < 1 or width % num_segments:
+        check_whole_number("num_key_value_prompts", num_key_value_prompts)
+        check_whole_number("num_segments", num_segments)
+        if width % num_segments:
             raise InputError(f"num_segments must divide the width {width}, got {num_segments}")
         attn: Any = backbone.blocks[0].attn
         head_width = attn.qkv.out_features // (3 * attn.num_heads)

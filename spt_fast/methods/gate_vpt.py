@@ -8,6 +8,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from spt_fast.arguments import check_number
 from spt_fast.errors import InputError
 from spt_fast.pooling import Pool
 from spt_fast.prompted_block import prompted_block
@@ -45,7 +46,8 @@ class GatedPromptViT(PromptedViT):
         temperatures: ``[L]``, from 1.
 
     Raises:
-        InputError: prompts of another shape, and as :class:`~spt_fast.PromptedViT`.
+        InputError: prompts of another shape, a ``gate_logit`` that is no finite number, and as
+            :class:`~spt_fast.PromptedViT`.
 
     Example:
         >>> from spt_fast import load_backbone
@@ -69,6 +71,7 @@ class GatedPromptViT(PromptedViT):
         prompt_dropout: float = 0.0,
         checkpoint_blocks: bool = False,
     ) -> None:
+        check_number("gate_logit", gate_logit)
         super().__init__(
             backbone,
             prompts,

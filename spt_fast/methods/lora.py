@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -10,7 +11,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from spt_fast.errors import InputError
+from spt_fast.arguments import check_share, check_whole_number
+from spt_fast.errors import InputError, UnsupportedModelError
 from spt_fast.methods.own_backbone import own_backbone
 from spt_fast.pooling import Pool
 from spt_fast.tuned_vit import TunedViT
@@ -60,8 +62,9 @@ class LoraViT(TunedViT):
             less and, at the same rank, as many parameters.
 
     Raises:
-        InputError: the library is not installed, ``rank`` or ``alpha`` below 1, ``dropout`` outside [0, 1), unknown
-            layers; or a backbone that is sharded or has 8-bit weights.
+        InputError: ``rank`` or ``alpha`` below 1, ``dropout`` outside [0, 1), unknown layers.
+        UnsupportedModelError: the library is not installed; or a backbone that is sharded, has 8-bit weights, or lacks
+            one of the layers in any of its blocks.
 
     Example:
         >>> from spt_fast import load_backbone
@@ -85,14 +88,17 @@ class LoraViT(TunedViT):
         pool: Pool | None = None,
         checkpoint_blocks: bool = False,
     ) -> None:
-        for name, value in (("rank", rank), ("alpha", alpha)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if not 0 <= dropout < 1:
-            raise InputError(f"dropout must be in [0, 1), got {dropout!r}")
-        layers = [layers] if isinstance(layers, str) else list(layers)
-        if not layers or not all(layer in LAYERS for layer in layers):
-            raise InputError(f"layers must be some of {', '.join(LAYERS)}, got {layers}")
+        check_whole_number("rank", rank)
+        check_whole_number("alpha", alpha)
+        check_share("dropout", dropout)
+        listed = [layers] if isinstance(layers, str) else layers
+        if (
+            not isinstance(listed, (list, tuple))
+            or not listed
+            or any(each not in [*LAYERS] for each in listed)
+        ):
+            raise InputError(f"layers must be some of {', '.join(LAYERS)}, got {layers!r}")
+        layers = list(listed)
         parts = {"q", "k", "v"} & set(layers)
         if "qkv" in layers and parts:
             raise InputError(
@@ -108,13 +114,28 @@ class LoraViT(TunedViT):
             block: Any
             for block in self.backbone.blocks:
                 block.attn.qkv = SplitProjection(block.attn.qkv)
+        self._check_layers()
         self._add_matrices()
+
+    def _check_layers(self) -> None:
+        """PEFT would pass over what a block does not have."""
+        block: Any
+        for index, block in enumerate(self.backbone.blocks):
+            there = {path for path, module in block.named_modules() if isinstance(module, nn.Linear)}
+            missing = [layer for layer in self.layers if LAYERS[layer] not in there]
+            if missing:
+                raise UnsupportedModelError(
+                    f"lora is to change layers={self.layers}, and block {index}, whose MLP is a "
+                    f"{type(block.mlp).__name__}, has no {', '.join(missing)}"
+                )
 
     def _add_matrices(self) -> None:
         try:
             from peft import LoraConfig, inject_adapter_in_model  # takes seconds, and only LoRA needs it
         except ImportError as error:
-            raise InputError(f"lora needs the PEFT library: pip install spt-fast[lora] ({error})") from error
+            raise UnsupportedModelError(
+                f"lora needs the PEFT library: pip install spt-fast[lora] ({error})"
+            ) from error
         paths = "|".join(LAYERS[layer].replace(".", r"\.") for layer in self.layers)
         config = LoraConfig(
             r=self.rank,
@@ -130,6 +151,19 @@ class LoraViT(TunedViT):
     @property
     def options(self) -> dict[str, Any]:
         return {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout, "layers": self.layers}
+
+    def cast_backbone(self, dtype: torch.dtype) -> Self:
+        """Compute in ``dtype`` from now on, see :meth:`spt_fast.tuned_vit.TunedViT.cast_backbone`; frozen weights of
+        fewer bits are cast to it, as a copy."""
+        frozen = next(self.backbone.parameters()).dtype
+        if dtype.itemsize > frozen.itemsize:
+            # An optimizer may hold what learns: that stays the same.
+            learning = {id(value): value for value in self.backbone.parameters() if value.requires_grad}
+            self.backbone = copy.deepcopy(self.backbone, learning)
+            for value in self.backbone.parameters():
+                if not value.requires_grad:
+                    value.data = value.data.to(dtype)
+        return super().cast_backbone(dtype)
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode for all that was added, the dropout inside the backbone included."""

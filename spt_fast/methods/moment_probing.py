@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from spt_fast.arguments import check_whole_number
 from spt_fast.backbones import final_norm
 from spt_fast.errors import InputError
 from spt_fast.pooling import Pool, pooled
@@ -113,13 +114,9 @@ class MomentProbingViT(TunedViT):
         pool: Pool | None = None,
         checkpoint_blocks: bool = False,
     ) -> None:
-        for name, value, least in (
-            ("hidden", hidden, 1),
-            ("heads", heads, 2),
-            ("recalibration", recalibration, 0),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        check_whole_number("hidden", hidden)
+        check_whole_number("heads", heads, at_least=2)
+        check_whole_number("recalibration", recalibration, at_least=0)
         if hidden % heads or _reduced(hidden // heads) < 1:
             raise InputError(f"hidden must be a multiple of heads={heads}, 7 times or more, got {hidden}")
         super().__init__(backbone, num_classes=num_classes, pool=pool, checkpoint_blocks=checkpoint_blocks)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
+import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from spt_fast.backbones import CLASSIFIER_PREFIXES, backbone_identity, source_of
-from spt_fast.errors import InputError
+from spt_fast.errors import UnsupportedModelError
 from spt_fast.pooling import Pool
 from spt_fast.sharded_block import is_sharded
 from spt_fast.tuned_vit import TunedViT
@@ -23,32 +24,42 @@ def own_backbone(
     Args:
         backbone: the model.
         learns: which parameters learn, by name; these are copied, the others shared. timm's own classifier never does.
+            Where any do, the copy is float32 at least: steps of training are too small for 16 bits, and layers do not
+            mix dtypes.
 
     Returns:
-        The copy. To adapters it is the same backbone as the original.
+        The copy. To adapters it is the same backbone as the original; no other model can be built on it.
 
     Raises:
-        InputError: a backbone of 8-bit weights or one that is sharded, whose weights cannot learn.
+        UnsupportedModelError: a backbone of 8-bit weights or one that is sharded, whose weights cannot learn.
     """
     if is_sharded(backbone):
-        raise InputError("the backbone is sharded, and this method changes its blocks; do not shard it")
+        raise UnsupportedModelError(
+            "the backbone is sharded, and this method changes its blocks; do not shard it"
+        )
     if source_of(backbone)["weight_dtype"] is not None:
-        raise InputError(
+        raise UnsupportedModelError(
             "the backbone has 8-bit weights, and this method changes it; load it without weight_dtype"
         )
 
-    def chosen(name: str) -> bool:
-        return learns(name) and not name.startswith(CLASSIFIER_PREFIXES)
-
-    # deepcopy takes what the memo holds instead of copying it.
-    shared: dict[int, Any] = {
-        id(value): value for name, value in backbone.named_parameters() if not chosen(name)
+    learning = {
+        name
+        for name, _ in backbone.named_parameters()
+        if learns(name) and not name.startswith(CLASSIFIER_PREFIXES)
     }
-    copied = copy.deepcopy(backbone, shared)
+    own: dict[int, nn.Parameter] = {}
+    for name, value in backbone.named_parameters():
+        dtype = torch.promote_types(value.dtype, torch.float32) if learning else value.dtype
+        if name in learning:
+            own[id(value)] = nn.Parameter(value.detach().to(dtype, copy=True))
+        elif value.dtype == dtype:
+            own[id(value)] = value
+        else:
+            own[id(value)] = nn.Parameter(value.detach().to(dtype), requires_grad=False)
+    # deepcopy takes what the memo holds instead of copying it.
+    copied = copy.deepcopy(backbone, own)
     copied.spt_fast_identity = backbone_identity(backbone)  # type: ignore[assignment]
-    for name, value in copied.named_parameters():
-        if chosen(name):
-            value.requires_grad_()
+    copied.spt_fast_changes = True  # type: ignore[assignment]
     return copied
 
 
@@ -67,7 +78,13 @@ class LearningBackboneViT(TunedViT):
         checkpoint_blocks: bool = False,
     ) -> None:
         super().__init__(backbone, num_classes=num_classes, pool=pool, checkpoint_blocks=checkpoint_blocks)
-        self.backbone = own_backbone(backbone, self.learns)
+
+        def learns(name: str) -> bool:
+            # timm's own pooling alone reads it; under another it would never get a gradient.
+            unread = pool is not None and name.startswith("attn_pool.")
+            return self.learns(name) and not unread
+
+        self.backbone = own_backbone(backbone, learns)
 
     @staticmethod
     def learns(name: str) -> bool:

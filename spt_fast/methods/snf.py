@@ -8,7 +8,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from spt_fast.errors import InputError
+from spt_fast.arguments import check_whole_number
 from spt_fast.pooling import Pool
 from spt_fast.tuned_vit import TunedViT
 
@@ -91,8 +91,7 @@ class SnfViT(TunedViT):
         pool: Pool | None = None,
         checkpoint_blocks: bool = False,
     ) -> None:
-        if isinstance(flow_length, bool) or not isinstance(flow_length, int) or flow_length < 0:
-            raise InputError(f"flow_length must be a whole number of at least 0, got {flow_length!r}")
+        check_whole_number("flow_length", flow_length, at_least=0)
         super().__init__(backbone, num_classes=num_classes, pool=pool, checkpoint_blocks=checkpoint_blocks)
         self.flow_length = flow_length
         width = backbone.embed_dim

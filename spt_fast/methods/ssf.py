@@ -10,8 +10,9 @@ from timm.layers import GluMlp, Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from spt_fast.arguments import check_number
 from spt_fast.backbones import embed
-from spt_fast.errors import InputError, UnsupportedModelError
+from spt_fast.errors import UnsupportedModelError
 from spt_fast.pooling import Pool
 from spt_fast.tuned_vit import TunedViT
 
@@ -70,8 +71,7 @@ class SsfViT(TunedViT):
         pool: Pool | None = None,
         checkpoint_blocks: bool = False,
     ) -> None:
-        if not 0 <= init_std < float("inf"):
-            raise InputError(f"init_std must be at least 0 and finite, got {init_std!r}")
+        check_number("init_std", init_std, at_least=0)
         super().__init__(backbone, num_classes=num_classes, pool=pool, checkpoint_blocks=checkpoint_blocks)
         self.init_std = init_std
         width = backbone.embed_dim

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from spt_fast.arguments import check_share, check_whole_number
 from spt_fast.backbones import check_backbone
 from spt_fast.errors import InputError
 from spt_fast.pooling import Pool
@@ -48,7 +49,7 @@ class VaptViT(DeepPromptedViT):
         prompts: ``[L, P, D]`` or ``None``.
 
     Raises:
-        InputError: prompts or numbers that do not fit, images of another size than the backbone's own.
+        InputError: prompts or numbers that do not fit, images whose grid of patches is not the backbone's own.
 
     Example:
         >>> from spt_fast import load_backbone
@@ -80,17 +81,16 @@ class VaptViT(DeepPromptedViT):
         bias = None if prompts is None else prompt_values(prompts, backbone)
         if bias is not None and len(bias) != depth:
             raise InputError(f"vapt takes deep prompts [{depth}, P, {width}], got {list(bias.shape)}")
-        if num_prompts is not None and num_prompts < 1:
-            raise InputError(f"num_prompts must be at least 1, got {num_prompts}")
+        if num_prompts is not None:
+            check_whole_number("num_prompts", num_prompts)
         grid: tuple[int, int] = backbone.patch_embed.grid_size
-        if not 1 <= kernel_size <= min(grid):
+        check_whole_number("kernel_size", kernel_size)
+        if kernel_size > min(grid):
             raise InputError(
                 f"kernel_size must be from 1 to {min(grid)}, the patches in a row, got {kernel_size}"
             )
-        if hidden_dim < 1:
-            raise InputError(f"hidden_dim must be at least 1, got {hidden_dim}")
-        if not 0 <= channel_dropout < 1:
-            raise InputError(f"channel_dropout must be in [0, 1), got {channel_dropout}")
+        check_whole_number("hidden_dim", hidden_dim)
+        check_share("channel_dropout", channel_dropout)
         super().__init__(backbone, num_classes=num_classes, pool=pool, checkpoint_blocks=checkpoint_blocks)
         self.num_prompts: int = num_prompts if bias is None else bias.shape[1]  # type: ignore[assignment]
         self._options = {
@@ -111,6 +111,19 @@ class VaptViT(DeepPromptedViT):
     def options(self) -> dict[str, Any]:
         number = {} if self.prompts is not None else {"num_prompts": self.num_prompts}
         return {**self._options, **number}
+
+    def embed(self, images: Tensor) -> Tensor:
+        x = super().embed(images)
+        height, width = images.shape[2:]
+        made_for = tuple(self.backbone.patch_embed.grid_size)
+        grid = tuple(self.backbone.patch_embed.dynamic_feat_size((height, width)))
+        # A kernel slides over rows and columns: as many patches in another shape are another grid.
+        if grid != made_for:
+            raise InputError(
+                f"vapt was made for images of {made_for[0]} x {made_for[1]} patches and got images of "
+                f"{grid[0]} x {grid[1]}"
+            )
+        return x
 
     def block_prompts(self, index: int, x: Tensor) -> Tensor:
         tokens = self.token_projectors[index](x[:, self.backbone.num_prefix_tokens :])
@@ -151,10 +164,6 @@ class TokenProjector(nn.Module):
         """``[B, h w, D]`` to ``[B, P, D]``."""
         # The convolution's transpose takes it to the other side of the product.
         matrix = F.conv_transpose2d(self.aggregation, self.kernel).flatten(1)
-        if patches.shape[1] != matrix.shape[1]:
-            raise InputError(
-                f"vapt was made for images of {matrix.shape[1]} patches and got one of {patches.shape[1]}"
-            )
         dtype = patches.dtype
         weight, bias = self.norm.weight.to(dtype), self.norm.bias.to(dtype)
         aggregated = matrix.to(dtype) @ F.layer_norm(patches, weight.shape, weight, bias, self.norm.eps)
