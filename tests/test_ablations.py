@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import torch
 from command_line import TINY, check_refused, make_photos, run
+from safetensors.torch import save_file
 from training_cases import read_csv
 
 import spt_fast.ablations.running
-from spt_fast import Adapter, TrainingConfig, build_prototypes, evaluate, train
+from spt_fast import Adapter, TrainingConfig, build_prototypes, evaluate, load_backbone, train
 from spt_fast.ablations import ABLATIONS, Choices, ModelSource, Workplace, run_ablation
 from spt_fast.ablations.definitions import STARTS, TITLES, WITH_VALUES
 from spt_fast.ablations.runs import Run, execute
-from spt_fast.ablations.workplace import HELD_OUT, open_backbone, open_images, usual_splits
+from spt_fast.ablations.splits import HELD_OUT, usual_choose_split, usual_test_split
+from spt_fast.ablations.workplace import open_backbone, open_images
 from spt_fast.analysis import normalized_mutual_information
 from spt_fast.building import Method as Start
 from spt_fast.cli.ablate import Name
@@ -69,6 +71,7 @@ def test_a_run_is_what_one_does_by_hand(photos: Path, tmp_path: Path) -> None:
     train(model, training, output=tmp_path / "hand", config=replace(CONFIG, learning_rate=0.02, seed=5))
     assert outcome["accuracy"] == evaluate(model, open_images(place, "test")).accuracy
     assert outcome["train_images"] == 12 and outcome["judged_images"] == 9
+    assert outcome["largest_class"] == outcome["smallest_class"] == 4
     assert outcome["trainable_parameters"] == 2 * 3 * 48 + 49 * 3
     theirs, ours = (
         Adapter.load(folder / "last.safetensors")
@@ -216,13 +219,14 @@ def test_variants_that_are_the_same_share_their_runs(
 
 def test_nothing_is_chosen_on_what_is_judged(photos: Path, tmp_path: Path) -> None:
     ablation = ABLATIONS["few-shot"](Choices(values=(1,)))
-    for split in (None, "test"):
-        with pytest.raises(InputError, match="2 learning rates need images to choose on"):
-            run_ablation(ablation, workplace(photos, tmp_path, choose_split=split), learning_rates=(1.0, 0.1))
-    assert usual_splits(str(photos), "auto", choose=True) == ("test", "val")
+    with pytest.raises(InputError, match="2 learning rates need images to choose on"):
+        run_ablation(ablation, workplace(photos, tmp_path), learning_rates=(1.0, 0.1))
+    assert usual_test_split(str(photos), "auto") == "test"
     other = make_photos(tmp_path / "two", {"train": 4, "val": 2})
-    assert usual_splits(str(other), "auto", choose=False) == ("val", None)
-    assert usual_splits(str(other), "auto", choose=True) == ("val", HELD_OUT)
+    assert usual_test_split(str(other), "auto") == "val"
+    assert usual_choose_split("train", "test") == "val"
+    for split, test_split in (("train", "val"), ("trainval", "test"), ("val", "test"), ("test", "trainval")):
+        assert usual_choose_split(split, test_split) == HELD_OUT
     for most, kept, held in ((2, 2, 2), (3, 3, 1), (None, 3, 1)):
         place = workplace(other, tmp_path, test_split="val", choose_split=HELD_OUT, images_per_class=most)
         parts = {part: open_images(place, part) for part in ("train", "choose", "test")}
@@ -232,6 +236,40 @@ def test_nothing_is_chosen_on_what_is_judged(photos: Path, tmp_path: Path) -> No
         assert {"train" in file for file in files["choose"]} == {True}
     with pytest.raises(InputError, match="too few to choose learning rates"):
         open_images(replace(place, images_per_class=4), "choose")
+
+
+def test_rates_are_chosen_on_images_held_out_where_val_has_another_use(
+    photos: Path, tmp_path: Path, pretended: list[Run]
+) -> None:
+    command = ["ablate", "few-shot", *TINY, "--data", photos, *SHORT, "--lrs", "0.1,0.01", "--values", "1"]
+    for name, options, judged in (("a", ["--split", "trainval"], 9), ("b", ["--test-split", "val"], 6)):
+        done = run(*command, *options, "--seeds", 1, "--output", tmp_path / name)
+        assert done.code == 0, done.err
+        assert "best on the training images held out" in done.out
+        assert ("The variants are not judged on test images: the val images stand for them." in done.out) == (
+            name == "b"
+        )
+        record = json.loads((tmp_path / name / "ablation.json").read_text())["data"]
+        assert record["0/test"]["images"] == judged and "held out" in record["0/choose"]["name"]
+    assert {one.part for one in pretended} == {"choose", "test"}
+
+
+def test_one_architecture_with_two_checkpoints_has_two_rows(
+    photos: Path, tmp_path: Path, pretended: list[Run]
+) -> None:
+    for seed, name in enumerate(("mae", "moco")):
+        torch.manual_seed(seed)
+        save_file(
+            load_backbone("vit_tiny_patch16_224", **KWARGS).state_dict(), tmp_path / f"{name}.safetensors"
+        )
+    weights = [tmp_path / f"{name}.safetensors" for name in ("mae", "moco")]
+    command = ["ablate", "model-size", *TINY, *TINY[:2], "--data", photos, *SHORT, "--seeds", 1]
+    command += ["--output", tmp_path / "sizes", "--checkpoint", weights[0], "--checkpoint", weights[1]]
+    done = run(*command)
+    assert done.code == 0, done.err
+    rows = [line.split(" | ")[0] for line in (tmp_path / "sizes" / "table.md").read_text().splitlines()[4:6]]
+    assert rows == [f"| vit_tiny_patch16_224, {name}.safetensors" for name in ("mae", "moco")]
+    assert len({cell["backbone"] for cell in cells(tmp_path / "sizes")}) == 2 and len(pretended) == 4
 
 
 # What is asked for.
@@ -263,20 +301,3 @@ def test_the_variants_of_a_column_differ_in_one_thing(name: str) -> None:
             key for key in own[0].settings for variant in own if variant.settings[key] != own[0].settings[key]
         }
         assert differing and differing <= free, (name, column, differing)
-
-
-def test_options_that_do_not_go_together_are_refused(photos: Path, tmp_path: Path) -> None:
-    def command(name: str, *more: object) -> Any:
-        return run("ablate", name, *TINY, "--data", photos, "--output", tmp_path / "x", *SHORT, *more)
-
-    check_refused(command("sampling", "--lr", 1, "--lrs", "1,2"), "--lr is the rate of all runs", code=2)
-    check_refused(command("sampling", "--data", photos), "--data was given 2 times", code=2)
-    check_refused(command("sampling", "--values", "1"), "--values are for", code=2)
-    check_refused(command("layers", "--num-prompts", 1, "--num-prompts", 2), "only prompt-length", code=2)
-    check_refused(command("cross-task"), "give --data at least twice")
-    check_refused(command("few-shot", "--values", "1,x"), "--values must be numbers", "'1,x'")
-    check_refused(command("few-shot", "--values", "0.5"), "whole numbers", "0.5")
-    check_refused(command("few-shot", "--values", "9", "--seeds", 1), "4 images of a class", "shots=9")
-    check_refused(command("training-fraction", "--values", "1.5"), "fraction must be in (0, 1]")
-    check_refused(command("sampling", "--paper-column", "dtd"), "paper-column must be", "cub200", "'dtd'")
-    check_refused(command("sampling", "--lrs", "1,0.1", "--val-split", "test"), "2 learning rates need")

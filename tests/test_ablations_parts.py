@@ -11,12 +11,15 @@ import pytest
 import torch
 from tiny import squares, tiny_model
 
-from spt_fast import evaluate
-from spt_fast.ablations import ABLATIONS, Choices, Finished, Subset, subset
+from spt_fast import TrainingConfig, evaluate
+from spt_fast.ablations import ABLATIONS, Ablation, Choices, Finished, Subset, subset
 from spt_fast.ablations.figures import write_figures
 from spt_fast.ablations.paper_values import PAPER_TABLES, paper_settings
+from spt_fast.ablations.runs import Run
 from spt_fast.ablations.subsets import class_sizes, drawn
-from spt_fast.ablations.tables import arranged, cells_of, write_tables
+from spt_fast.ablations.tables import arranged, cells_of, notes_of, write_tables
+from spt_fast.ablations.variants import exact
+from spt_fast.ablations.workplace import ModelSource, Workplace
 from spt_fast.cli.ablate import _config_of, _paper_settings
 from spt_fast.errors import InputError
 from spt_fast.per_class import confusion_matrix, per_class_accuracy
@@ -36,6 +39,15 @@ def test_a_long_tail_is_exponential(imbalance: float) -> None:
         abs(size - value) <= 1 and size <= value + 1e-9 for size, value in zip(sizes, exact, strict=True)
     )
     assert sizes[0] == 500 and sizes == sorted(sizes, reverse=True)
+
+
+def test_a_long_tail_loses_no_image_to_rounding() -> None:
+    assert Subset("imbalance", 49).counts([98, 98]) == [98, 2]
+    for ratio in range(2, 50):
+        for steps in range(1, 5):
+            exact_sizes = [3 * ratio ** (steps - index) for index in range(steps + 1)]
+            available = [exact_sizes[0]] * (steps + 1)
+            assert Subset("imbalance", ratio**steps).counts(available) == exact_sizes
 
 
 def test_a_smaller_subset_lies_in_a_larger_one_and_has_the_asked_numbers() -> None:
@@ -67,6 +79,10 @@ def test_subsets_that_cannot_be_are_refused() -> None:
     for kind, value in (("shots", 0), ("shots", 1.5), ("fraction", 0), ("fraction", 1.1), ("imbalance", 0.5)):
         with pytest.raises(InputError, match=f"{kind} must be"):
             Subset(kind, value)  # type: ignore[arg-type]
+    for kind in ("shots", "fraction", "imbalance"):
+        for value in (float("nan"), float("inf")):
+            with pytest.raises(InputError, match=f"{kind} must be .*, got {value}"):
+                Subset(kind, value)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="kind must be one of fraction, shots, imbalance"):
         Subset("share", 1)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="fewer than shots=5"):
@@ -96,6 +112,91 @@ def test_the_confusion_matrix_counts_every_image_once(tmp_path: Path) -> None:
     assert own == [expected[label, label].item() / expected[label].sum().item() for label in range(3)]
     with pytest.raises(InputError, match="data has 3 classes and the model 2"):
         confusion_matrix(tiny_model(num_classes=2), images)
+
+
+# Variants and runs.
+
+
+def test_choices_that_cannot_be_are_refused() -> None:
+    for number in (0, -1, 1.5):
+        with pytest.raises(
+            InputError, match=f"num_prompts must be a whole number of at least 1, got {number}"
+        ):
+            Choices(num_prompts=number)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="shallow_prompts must be a whole number of at least 1"):
+            Choices(shallow_prompts=number)  # type: ignore[arg-type]
+    for value in (float("nan"), float("inf"), -float("inf")):
+        with pytest.raises(InputError, match=f"each of values must be a finite number, got {value}"):
+            Choices(values=(0.5, value))
+    for name in ("prototype-fraction", "training-fraction"):
+        for value in (0, -0.1, 1.5):
+            with pytest.raises(InputError, match=rf"values of {name} must be in \(0, 1\], got {value}"):
+                ABLATIONS[name](Choices(values=(0.5, value)))
+
+
+def test_variants_with_different_numbers_have_different_places() -> None:
+    values = (0.304, 0.296, 1.0)
+    for name in ("prototype-fraction", "training-fraction"):
+        rows = [variant.row for variant in ABLATIONS[name](Choices(values=values)).variants]
+        assert rows[:3] == ["30.4%", "29.6%", "100%"]
+    close = ABLATIONS["long-tail"](Choices(values=(10.0, 10.0000001))).variants
+    assert [variant.row for variant in close[:2]] == ["10", "10.0000001"]
+
+
+@pytest.mark.parametrize(
+    ("name", "choices", "row"),
+    [
+        ("cross-task", Choices(data=("a", "b", "a")), "'a'"),
+        ("model-size", Choices(models=("s", "s")), "'s'"),
+        ("prompt-length", Choices(values=(2, 2)), "'2'"),
+        ("few-shot", Choices(values=(2, 2)), "'2'"),
+        ("training-fraction", Choices(values=(0.1, 0.1 + 1e-12)), "'10%'"),
+    ],
+)
+def test_two_variants_in_one_place_are_refused(name: str, choices: Choices, row: str) -> None:
+    with pytest.raises(InputError, match=rf"variants of {name} must have places of their own.*row {row}"):
+        ABLATIONS[name](choices)
+    variants = ABLATIONS["nmi"](Choices()).variants
+    with pytest.raises(InputError, match="got 2 in row 'SPT-Deep' and column 'accuracy'"):
+        Ablation("mine", "Mine", None, [*variants, variants[0]], "courses", "method")
+
+
+def test_nearly_equal_rates_have_folders_and_entries_of_their_own(tmp_path: Path) -> None:
+    ablation, made = finished("nmi")
+    place = Workplace((ModelSource("vit_tiny_patch16_224"),), ("digits",), tmp_path, TrainingConfig())
+    rates = (0.03, 0.0001, 0.1234567, 0.1234568)
+    folders = [Run(made[0].variant, rate, 0, "test").folder(place).name for rate in rates]
+    assert folders == [f"lr={rate},seed=0,test" for rate in ("0.03", "0.0001", "0.1234567", "0.1234568")]
+    tried = Finished(made[0].variant, 0.03, (0,), made[0].outcomes, dict.fromkeys(rates, 0.5))
+    assert list(cells_of(ablation, [tried])[0]["tried"]) == [exact(rate) for rate in rates]
+    assert float(exact(1 / 3)) == 1 / 3 and exact(np.float64(0.1)) == "0.1" and exact(100.0) == "100"
+    assert exact(np.float64(1 / 3)) == exact(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("split", "choose_split", "test_split", "words"),
+    [
+        ("test", None, "test", "test_split 'test' has images of split 'test', which are trained on"),
+        ("trainval", None, "val", "test_split 'val' has images of split 'trainval', which are trained on"),
+        ("train", None, "trainval", "test_split 'trainval' has images of split 'train'"),
+        (
+            "trainval",
+            "val",
+            "test",
+            "choose_split 'val' has images of split 'trainval', which are trained on",
+        ),
+        ("train", "train", "test", "choose_split 'train' has images of split 'train'"),
+        ("train", "test", "test", "choose_split 'test' has images of test_split 'test', which are judged on"),
+        ("test", "val", "trainval", "choose_split 'val' has images of test_split 'trainval'"),
+        ("trainval", "held-out", "val", "test_split 'val' has images of split 'trainval'"),
+    ],
+)
+def test_splits_that_share_images_are_refused(
+    split: str, choose_split: str | None, test_split: str, words: str, tmp_path: Path
+) -> None:
+    splits = {"split": split, "choose_split": choose_split, "test_split": test_split}
+    with pytest.raises(InputError, match=words):
+        Workplace((ModelSource("tiny"),), ("digits",), tmp_path, TrainingConfig(), **splits)  # type: ignore[arg-type]
 
 
 # Tables and figures, from made-up outcomes.
@@ -139,6 +240,15 @@ def test_a_table_has_means_deviations_and_the_papers_numbers_where_they_are_aske
         "caltech101-sup21k accuracy": 87.8,
     }
     assert "over 2 seeds" in (tmp_path / "table.md").read_text()
+
+
+def test_a_table_says_where_classes_of_a_long_tail_are_as_small_as_can_be() -> None:
+    ablation, made = finished("long-tail", seeds=1)
+    for largest, words in ((100, None), (99, "Imbalance 100:"), (10, "Imbalance 50, 100:")):
+        for each in made:
+            each.outcomes[0]["largest_class"] = largest
+        notes = [note for note in notes_of(ablation, cells_of(ablation, made), ABOUT) if "Imbalance" in note]
+        assert len(notes) == (words is not None) and all(note.startswith(str(words)) for note in notes)
 
 
 def test_the_papers_numbers_have_the_differences_that_it_prints() -> None:

@@ -192,10 +192,7 @@ def test_seed_depth_layers_and_several_numbers(backbone):
     ("wrong", "message"),
     [
         ({"vipamin_neighbors": 17}, "vipamin_neighbors must be from 1 to the 16 patches of an image, got 17"),
-        *(
-            ({"vipamin_neighbors": n}, "vipamin_neighbors must be a whole")
-            for n in (0, 2.0, True, "8")
-        ),
+        *(({"vipamin_neighbors": n}, "vipamin_neighbors must be a whole") for n in (0, 2.0, True, "8")),
         *(({"vipamin_lambda": w}, "vipamin_lambda must be from 0 to 1") for w in (-0.1, 1.1, math.nan, True)),
         ({"capture": "released"}, "capture='paper', got capture='released'"),
     ],

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from spt_fast.ablations.subsets import Subset, SubsetKind
-from spt_fast.ablations.variants import Ablation, Variant
+from spt_fast.ablations.variants import Ablation, Variant, exact
+from spt_fast.arguments import check_number, check_whole_number
 from spt_fast.errors import InputError
 from spt_fast.methods import METHODS
 
@@ -55,6 +56,9 @@ class Choices:
         values: what is tried, where the ablation is about a number; empty: its usual values.
         data: names of the data sets.
         models: names of the backbones.
+
+    Raises:
+        InputError: a number of prompts below 1 or not whole, or a value that is not finite.
     """
 
     num_prompts: int | None = None
@@ -62,6 +66,13 @@ class Choices:
     values: tuple[float, ...] = ()
     data: tuple[str, ...] = ("data",)
     models: tuple[str, ...] = ("model",)
+
+    def __post_init__(self) -> None:
+        for name, number in (("num_prompts", self.num_prompts), ("shallow_prompts", self.shallow_prompts)):
+            if number is not None:
+                check_whole_number(name, number)
+        for value in self.values:
+            check_number("each of values", value)
 
     def variant(
         self, row: str, column: str, method: str, *, init: str | None = None, **changes: Any
@@ -76,9 +87,16 @@ class Choices:
     def whole_values(self, name: str, usual: Sequence[int]) -> list[int]:
         """``values`` or the usual ones, which have to be whole numbers of at least 1."""
         for value in self.values:
-            if value != int(value) or value < 1:
-                raise InputError(f"values of {name} must be whole numbers of at least 1, got {value:g}")
+            if value % 1 or value < 1:
+                raise InputError(f"values of {name} must be whole numbers of at least 1, got {exact(value)}")
         return [int(value) for value in self.values] or list(usual)
+
+    def shares(self, name: str, usual: Sequence[float]) -> list[tuple[str, float]]:
+        """``values`` or the usual ones, which have to be shares, each behind its name in percent."""
+        for value in self.values:
+            if not 0 < value <= 1:
+                raise InputError(f"values of {name} must be in (0, 1], got {exact(value)}")
+        return [(f"{100 * share:g}%", share) for share in self.values or usual]
 
 
 def sampling(choices: Choices) -> Ablation:
@@ -134,7 +152,7 @@ def prompt_length(choices: Choices) -> Ablation:
     variants = [
         choices.variant(str(number), TITLES[method], method, num_prompts=number)
         for method in ("spt_deep", "vpt_deep")
-        for number in choices.whole_values("prompt-length", (5, 10, 20, 50, 100))
+        for number in choices.whole_values("prompt-length (num_prompts)", (5, 10, 20, 50, 100))
     ]
     return Ablation("prompt-length", "Prompts per block", "Fig. 3c", variants, "lines", "prompts per block")
 
@@ -142,8 +160,8 @@ def prompt_length(choices: Choices) -> Ablation:
 def prototype_fraction(choices: Choices) -> Ablation:
     """Fig. 3a, with the seconds of Table 1."""
     variants = [
-        choices.variant(f"{share:.0%}", STARTS["kmeans"], "spt_deep", data_fraction=share)
-        for share in choices.values or (0.1, 0.3, 0.5, 0.7, 1.0)
+        choices.variant(row, STARTS["kmeans"], "spt_deep", data_fraction=share)
+        for row, share in choices.shares("prototype-fraction", (0.1, 0.3, 0.5, 0.7, 1.0))
     ]
     return Ablation(
         "prototype-fraction",
@@ -159,8 +177,8 @@ def prototype_fraction(choices: Choices) -> Ablation:
 def training_fraction(choices: Choices) -> Ablation:
     """Fig. 4 and S3."""
     methods = ("spt_deep", "vpt_deep", "full", "linear")
-    rows = choices.values or (0.05, 0.1, 0.2, 0.5, 1.0)
-    variants = _on_subsets(choices, methods, "fraction", {f"{share:.0%}": share for share in rows})
+    rows = choices.shares("training-fraction", (0.05, 0.1, 0.2, 0.5, 1.0))
+    variants = _on_subsets(choices, methods, "fraction", rows)
     return Ablation(
         "training-fraction",
         "Share of the training images",
@@ -184,10 +202,8 @@ def model_size(choices: Choices) -> Ablation:
 
 def few_shot(choices: Choices) -> Ablation:
     """A few images a class."""
-    shots = choices.whole_values("few-shot", (1, 2, 4, 8, 16))
-    variants = _on_subsets(
-        choices, ("spt_deep", "vpt_deep", "linear"), "shots", {str(number): number for number in shots}
-    )
+    rows = [(str(number), number) for number in choices.whole_values("few-shot", (1, 2, 4, 8, 16))]
+    variants = _on_subsets(choices, ("spt_deep", "vpt_deep", "linear"), "shots", rows)
     return Ablation(
         "few-shot",
         "A few training images a class",
@@ -201,7 +217,7 @@ def few_shot(choices: Choices) -> Ablation:
 
 def long_tail(choices: Choices) -> Ablation:
     """Classes of very different sizes; the exponential profile of Cui et al. 2019."""
-    rows = {f"{value:g}": value for value in choices.values or (10, 50, 100)}
+    rows = [(exact(value), value) for value in choices.values or (10, 50, 100)]
     variants = _on_subsets(choices, ("spt_deep", "vpt_deep", "linear"), "imbalance", rows)
     return Ablation(
         "long-tail",
@@ -271,10 +287,10 @@ def _of_start(init: str) -> str:
 
 
 def _on_subsets(
-    choices: Choices, methods: Sequence[str], kind: SubsetKind, rows: dict[str, float]
+    choices: Choices, methods: Sequence[str], kind: SubsetKind, rows: Sequence[tuple[str, float]]
 ) -> list[Variant]:
     return [
         choices.variant(row, TITLES[method], method, subset=Subset(kind, value))
         for method in methods
-        for row, value in rows.items()
+        for row, value in rows
     ]

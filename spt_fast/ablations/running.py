@@ -12,15 +12,17 @@ Everything lies in files, so that the same call goes on where it was interrupted
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from spt_fast.ablations.runs import Run, Start, build_start, execute
+from spt_fast.ablations.subsets import subset
 from spt_fast.ablations.variants import Ablation, Variant
 from spt_fast.ablations.workers import Workers, workers
-from spt_fast.ablations.workplace import Workplace, decode_images
+from spt_fast.ablations.workplace import Workplace, decode_images, listed_images
 from spt_fast.errors import InputError
 from spt_fast.experiment_records import check_seeds, differences
 from spt_fast.files import remove_leftovers, write_text
@@ -75,16 +77,21 @@ def run_ablation(
         What came of each variant, in order.
 
     Raises:
-        InputError: a folder with another ablation's runs, several rates and nothing to choose on, ``jobs < 1``.
+        InputError: a folder with another ablation's runs, a rate that is not positive and finite, several rates and
+            nothing to choose on, a split that is not there, fewer images than a variant asks for, ``jobs < 1``.
+            Nothing has been written then.
+        MissingFileError: a data set that is not there.
     """
     check_seeds(seeds)
     if jobs < 1:
         raise InputError(f"jobs must be at least 1, got {jobs}")
-    if len(learning_rates) > 1 and workplace.choose_split in (None, workplace.test_split):
+    for rate in learning_rates:
+        replace(workplace.config, learning_rate=rate)  # refuses one that cannot be
+    if len(learning_rates) > 1 and workplace.choose_split is None:
         raise InputError(
-            f"{len(learning_rates)} learning rates need images to choose on other than those of "
-            f"{workplace.test_split!r}, which are judged on"
+            f"{len(learning_rates)} learning rates need images to choose on, got choose_split=None"
         )
+    _check_images(ablation, workplace)
     report = progress or (lambda stage, done, total: None)
     # This process trains only if it is alone; a device that it does not use is left to the others.
     here = workplace if jobs == 1 else replace(workplace, device="cpu")
@@ -125,6 +132,18 @@ def run_ablation(
         own_outcomes = tuple(judged[key, seed] for seed in seeds if (key, seed) in judged)
         finished.append(Finished(variant, chosen[key], tuple(seeds), own_outcomes, tried.get(key, {})))
     return finished
+
+
+def _check_images(ablation: Ablation, workplace: Workplace) -> None:
+    """Raise where images are missing that a run would ask for, before any of the others is decoded."""
+    for data, part in itertools.product(range(len(workplace.data)), workplace.parts):
+        listed_images(workplace, part, data)
+    asked = (
+        (data, variant.subset) for variant in ablation.variants for data in (variant.data, variant.start_data)
+    )
+    for data, chosen in dict.fromkeys(asked):  # several variants ask for the same
+        if chosen is not None:
+            subset(listed_images(workplace, "train", data), chosen, seed=0)
 
 
 def _begin(ablation: Ablation, workplace: Workplace) -> None:

@@ -12,7 +12,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from spt_fast.ablations.subsets import Subset, class_sizes, subset
-from spt_fast.ablations.variants import Variant, digest
+from spt_fast.ablations.variants import Variant, digest, exact
 from spt_fast.ablations.workplace import Part, Workplace, open_backbone, open_images
 from spt_fast.adapters import Adapter
 from spt_fast.analysis import effective_clusters, layer_mutual_information
@@ -65,7 +65,7 @@ class Run:
 
     def folder(self, workplace: Workplace) -> Path:
         """Where it is kept."""
-        name = f"lr={self.learning_rate:g},seed={self.seed},{self.part}"
+        name = f"lr={exact(self.learning_rate)},seed={self.seed},{self.part}"
         return workplace.output / "runs" / self.variant.name / name
 
     def outcome(self, workplace: Workplace) -> dict[str, Any] | None:
@@ -119,11 +119,11 @@ def execute(workplace: Workplace, run: Run) -> dict[str, Any]:
     Returns:
         The outcome, also written to ``outcome.json`` in the folder of the run: ``accuracy`` (0 to 1), ``per_class``
         (of each class, ``None`` for one without images), ``mean_per_class``, ``head``, ``medium`` and ``tail`` (mean
-        accuracy of the thirds of the classes, in their order), ``train_images``, ``smallest_class`` (its training
-        images), ``judged_images``, ``train_seconds``, ``trainable_parameters``, ``prototype_seconds`` and, where
-        prototypes were clustered, ``clusters_by_block`` and ``effective_clusters`` (their mean); with ``snapshots``
-        also ``nmi_by_block`` (for each epoch from the start on), ``nmi_by_epoch`` (mean over blocks), ``nmi_first`` and
-        ``nmi_last``. A run that did not stay finite has only ``failure``.
+        accuracy of the thirds of the classes, in their order), ``train_images``, ``largest_class`` and
+        ``smallest_class`` (their training images), ``judged_images``, ``train_seconds``, ``trainable_parameters``,
+        ``prototype_seconds`` and, where prototypes were clustered, ``clusters_by_block`` and ``effective_clusters``
+        (their mean); with ``snapshots`` also ``nmi_by_block`` (for each epoch from the start on), ``nmi_by_epoch``
+        (mean over blocks), ``nmi_first`` and ``nmi_last``. A run that did not stay finite has only ``failure``.
     """
     variant, folder = run.variant, run.folder(workplace)
     backbone = open_backbone(workplace, variant.backbone)
@@ -166,6 +166,7 @@ def execute(workplace: Workplace, run: Run) -> dict[str, Any]:
         "mean_per_class": _mean(by_class),
         **thirds,
         "train_images": len(images),
+        "largest_class": max(class_sizes(images)),
         "smallest_class": min(class_sizes(images)),
         "judged_images": int(confusion.sum()),
         "train_seconds": trained.train_seconds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,9 +41,8 @@ class Subset:
     def __post_init__(self) -> None:
         expected = {
             "fraction": not 0 < self.value <= 1 and "in (0, 1]",
-            "shots": not (self.value >= 1 and self.value == int(self.value))
-            and "a whole number of at least 1",
-            "imbalance": not 1 <= self.value < float("inf") and "at least 1",
+            "shots": not (self.value >= 1 and self.value % 1 == 0) and "a whole number of at least 1",
+            "imbalance": not 1 <= self.value < math.inf and "at least 1 and finite",
         }
         if self.kind not in expected:
             raise InputError(f"kind must be one of {', '.join(get_args(SubsetKind))}, got {self.kind!r}")
@@ -64,7 +64,9 @@ class Subset:
                 )
             return [int(self.value)] * len(available)
         most, last = min(available), max(1, len(available) - 1)
-        return [max(1, int(most * self.value ** (-index / last))) for index in range(len(available))]
+        sizes = [most * self.value ** (-index / last) for index in range(len(available))]
+        # A whole number of images may come out a rounding error too small, and would lose one.
+        return [max(1, math.floor(size * (1 + 1e-12))) for size in sizes]
 
 
 def subset(dataset: ImageDataset, chosen: Subset, *, seed: int) -> ImageDataset:

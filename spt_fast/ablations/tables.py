@@ -10,11 +10,13 @@ from typing import Any
 
 from spt_fast.ablations.paper_values import PRETRAININGS, paper_value
 from spt_fast.ablations.running import Finished
-from spt_fast.ablations.variants import Ablation
+from spt_fast.ablations.variants import Ablation, exact
 from spt_fast.experiment_records import sample_std
 from spt_fast.files import write_text
 from spt_fast.sweep_folder import write_csv
 
+# Measures that the records have even where the table does not show them.
+ALWAYS_KEPT = ("prototype_seconds", "train_seconds", "largest_class")
 SHARES = ("accuracy", "mean_per_class", "head", "medium", "tail")
 NAMES = {
     "mean_per_class": "mean of classes",
@@ -40,9 +42,9 @@ def cells_of(
 
     Returns:
         Dicts with ``row`` and ``column``, the settings, ``learning_rate``, ``tried``, ``seeds``, ``runs`` (as many
-        were trained), ``accuracies``, and of the accuracy and every measure ``NAME_mean`` and ``NAME_std`` (sample
-        standard deviation over seeds); ``per_class_mean``; ``failure``; ``paper``: the paper's numbers, by
-        ``"DATASET-PRETRAINING MEASURE"``. ``None`` where there is no number.
+        were trained), ``accuracies``, and of the accuracy and every measure, also those of ``ALWAYS_KEPT``,
+        ``NAME_mean`` and ``NAME_std`` (sample standard deviation over seeds); ``per_class_mean``; ``failure``;
+        ``paper``: the paper's numbers, by ``"DATASET-PRETRAINING MEASURE"``. ``None`` where there is no number.
     """
     cells = []
     for each in finished:
@@ -56,13 +58,13 @@ def cells_of(
             "column": variant.column,
             **variant.settings,
             "learning_rate": each.learning_rate,
-            "tried": {f"{rate:g}": accuracy for rate, accuracy in each.tried.items()},
+            "tried": {exact(rate): accuracy for rate, accuracy in each.tried.items()},
             "seeds": list(each.seeds),
             "runs": len(outcomes),
             "accuracies": [outcome["accuracy"] for outcome in good],
             "failure": failure,
         }
-        for measure in dict.fromkeys(("accuracy", *ablation.measures, "prototype_seconds", "train_seconds")):
+        for measure in dict.fromkeys(("accuracy", *ablation.measures, *ALWAYS_KEPT)):
             values = [outcome[measure] for outcome in good if outcome.get(measure) is not None]
             cell[f"{measure}_mean"] = statistics.fmean(values) if values else None
             cell[f"{measure}_std"] = sample_std(values) if values else None
@@ -111,7 +113,7 @@ def arranged(ablation: Ablation, cells: Sequence[dict[str, Any]]) -> tuple[list[
                 paper = [f"{cell['paper'][key]:g}" if cell and key in cell["paper"] else "" for cell in own]
                 _append(header, lines, f"{name}, paper ({dataset}, {PRETRAININGS[pretraining]})", paper)
         if several_rates:
-            rates = [f"{cell['learning_rate']:g}" if cell and cell["learning_rate"] else "" for cell in own]
+            rates = [exact(cell["learning_rate"]) if cell and cell["learning_rate"] else "" for cell in own]
             _append(header, lines, f"{prefix}base rate", rates)
     return header, lines
 
@@ -132,10 +134,13 @@ def notes_of(ablation: Ablation, cells: Sequence[dict[str, Any]], about: dict[st
         notes.append(f"Each variant has the base rate that was best on the {where}, with seed 0.")
     if about["test_split"] != "test":
         notes.append(
-            f"The data set has no test images that are judged on: {about['test_split']} stands for them."
+            f"The variants are not judged on test images: the {about['test_split']} images stand for them."
         )
     if about["jobs"] > 1 and any(measure.endswith("seconds") for measure in ablation.measures):
         notes.append(f"Seconds were measured with {about['jobs']} runs at the same time.")
+    sparse = dict.fromkeys(cell["row"] for cell in cells if _has_filled_classes(cell))
+    if sparse:
+        notes.append(f"Imbalance {', '.join(sparse)}: classes that would have less than one image have one.")
     if ablation.source is not None:
         notes.append(f"In the paper: {ablation.source}.")
     failed = [f"{cell['row']}, {cell['column']}: {cell['failure']}" for cell in cells if cell["failure"]]
@@ -183,6 +188,14 @@ def _words(cell: dict[str, Any] | None, measure: str) -> str:
     if measure in ("trainable_parameters", "train_images"):
         return f"{mean:,.0f}"
     return f"{mean:.3g}"
+
+
+def _has_filled_classes(cell: dict[str, Any]) -> bool:
+    """Whether the smallest classes of a long tail would have no image if each did not get at least one."""
+    chosen, largest = cell["subset"], cell["largest_class_mean"]
+    if largest is None or chosen is None or chosen["kind"] != "imbalance":
+        return False
+    return bool(largest < chosen["value"])
 
 
 def _append(header: list[str], lines: list[list[str]], name: str, words: Sequence[str]) -> None:

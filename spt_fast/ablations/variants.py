@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from spt_fast.ablations.subsets import Subset
 from spt_fast.building import Layers
+from spt_fast.errors import InputError
 
 FigureKind = Literal["bars", "lines", "matrix", "courses"]
 
@@ -74,6 +76,9 @@ class Ablation:
         axis: what the rows are.
         measures: what is shown beside the accuracy: names of numbers of an outcome.
         notes: what is to be known to read it.
+
+    Raises:
+        InputError: two variants have one place in the table.
     """
 
     name: str
@@ -84,6 +89,26 @@ class Ablation:
     axis: str
     measures: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        places = Counter((variant.row, variant.column) for variant in self.variants)
+        for (row, column), count in places.items():
+            if count > 1:
+                raise InputError(
+                    f"variants of {self.name} must have places of their own in the table, got {count} in row {row!r} "
+                    f"and column {column!r}"
+                )
+
+
+def exact(number: float) -> str:
+    """A number as ``:g`` writes it, or with all its digits where those of ``:g`` are another number.
+
+    Example:
+        >>> exact(0.03), exact(1e-4), exact(0.0300000001)
+        ('0.03', '0.0001', '0.0300000001')
+    """
+    short = f"{number:g}"
+    return short if float(short) == number else repr(float(number))
 
 
 def digest(record: dict[str, Any]) -> str:

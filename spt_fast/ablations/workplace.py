@@ -12,12 +12,13 @@ from typing import Any, Literal
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+from spt_fast.ablations.splits import HELD_OUT, check_splits
 from spt_fast.ablations.subsets import class_sizes, drawn
 from spt_fast.backbones import backbone_identity, image_settings, load_backbone
 from spt_fast.data import ImageDataset, cache_images, load_dataset, make_transform
 from spt_fast.data.splits import stratified_split
 from spt_fast.devices import choose_device
-from spt_fast.errors import InputError, MissingFileError
+from spt_fast.errors import InputError
 from spt_fast.experiment_records import described_images
 from spt_fast.feeding import workers_for
 from spt_fast.pooling import Pool
@@ -27,7 +28,6 @@ from spt_fast.training_config import TrainingConfig
 
 # The images to train on, to choose learning rates on, and to judge on.
 Part = Literal["train", "choose", "test"]
-HELD_OUT = "held-out"
 HELD_OUT_SHARE = 0.1
 
 
@@ -70,6 +70,9 @@ class Workplace:
         capture: what counts as a layer's tokens.
         prototype_batch_size: images at a time while prototypes are built.
         device: where to work.
+
+    Raises:
+        InputError: the images to train on, to choose on and to judge on are not different ones.
     """
 
     models: tuple[ModelSource, ...]
@@ -89,44 +92,31 @@ class Workplace:
     prototype_batch_size: int = 32
     device: str = "auto"
 
+    def __post_init__(self) -> None:
+        check_splits(self.split, self.choose_split, self.test_split)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts of the images that are looked at."""
+        return ("train", "test") if self.choose_split is None else ("train", "choose", "test")
+
     def record(self) -> dict[str, Any]:
         """What must be equal for another call to go on in the same folder, as json."""
         free = ("learning_rate", "seed", "num_workers", "checkpoint_minutes", "snapshot_interval")
-        parts: tuple[Part, ...] = (
-            ("train", "test") if self.choose_split is None else ("train", "choose", "test")
-        )
         return {
             "models": {
                 str(index): backbone_identity(open_backbone(self, index)) for index in range(len(self.models))
             },
             "data": {
-                f"{index}/{part}": described_images(open_images(self, part, data=index))
+                f"{index}/{part}": described_images(_images(self, part, augmented=False, data=index))
                 for index in range(len(self.data))
-                for part in parts
+                for part in self.parts
             },
             "config": {name: value for name, value in asdict(self.config).items() if name not in free},
             "pool": self.pool,
             "capture": self.capture,
             "prototype_batch_size": self.prototype_batch_size,
         }
-
-
-def usual_splits(data: str, layout: str, *, choose: bool) -> tuple[str, str | None]:
-    """Which split to judge on, and which to choose learning rates on (``None`` if nothing is to be chosen).
-
-    Test and val, where there is a test split. Without one val is what is judged on, and nothing may be chosen on it: a
-    part of the training images is held out instead.
-
-    Example:
-        >>> usual_splits("digits", "auto", choose=True)
-        ('test', 'val')
-    """
-    try:
-        load_dataset(data, "test", layout=layout)
-    except (InputError, MissingFileError):
-        load_dataset(data, "val", layout=layout)
-        return "val", HELD_OUT if choose else None
-    return "test", "val" if choose else None
 
 
 @lru_cache(maxsize=1)  # several large ones would not fit onto a device
@@ -159,26 +149,26 @@ def open_images(
     Raises:
         InputError: no such split, or a class without images to hold out.
     """
-    return cache_images(_images(workplace, part, augmented, data, backbone), workplace.output / "images")
+    images = _images(workplace, part, augmented=augmented, data=data, backbone=backbone)
+    return cache_images(images, workplace.output / "images")
 
 
 def decode_images(workplace: Workplace, progress: Progress | None) -> None:
     """Decode what is not decoded yet, so that the processes of the runs only have to open it."""
-    parts: tuple[Part, ...] = (
-        ("train", "test") if workplace.choose_split is None else ("train", "choose", "test")
-    )
     for backbone, data, part in itertools.product(
-        range(len(workplace.models)), range(len(workplace.data)), parts
+        range(len(workplace.models)), range(len(workplace.data)), workplace.parts
     ):
         for augmented in (False, True) if part == "train" else (False,):
-            images = _images(workplace, part, augmented, data, backbone)
+            images = _images(workplace, part, augmented=augmented, data=data, backbone=backbone)
             workers = workers_for(images, 32, workplace.config.num_workers, device=torch.device("cpu"))
             cache_images(images, workplace.output / "images", num_workers=workers, progress=progress)
 
 
-def _images(workplace: Workplace, part: Part, augmented: bool, data: int, backbone: int) -> ImageDataset:
+def _images(
+    workplace: Workplace, part: Part, *, augmented: bool, data: int, backbone: int = 0
+) -> ImageDataset:
     """The images of a part behind their transform."""
-    images = _chosen(workplace, part, workplace.data[data])
+    images = listed_images(workplace, part, data)
     recipe = images.recipe if workplace.recipe == "auto" else workplace.recipe
     settings = image_settings(open_backbone(workplace, backbone))
     return images.with_transform(make_transform(recipe, train=augmented, **settings))
@@ -189,8 +179,13 @@ def _listed(data: str, split: str, layout: str, strict: bool) -> ImageDataset:
     return load_dataset(data, split, layout=layout, strict=strict)
 
 
-def _chosen(workplace: Workplace, part: Part, data: str) -> ImageDataset:
-    """The images of a part, with a name that says which they are."""
+def listed_images(workplace: Workplace, part: Part, data: int = 0) -> ImageDataset:
+    """The images of a part as they lie on the disk, with a name that says which they are; none is read.
+
+    Raises:
+        InputError: no such split, or a class without images to hold out.
+        MissingFileError: no such folder.
+    """
     from_training = part == "train" or (part == "choose" and workplace.choose_split == HELD_OUT)
     split = (
         workplace.split
@@ -200,7 +195,7 @@ def _chosen(workplace: Workplace, part: Part, data: str) -> ImageDataset:
         else workplace.test_split
     )
     assert split is not None
-    images = _listed(data, split, workplace.layout, workplace.strict)
+    images = _listed(workplace.data[data], split, workplace.layout, workplace.strict)
     if not from_training:
         most = workplace.max_test_images if part == "test" else None
         if most is None or most >= len(images):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,7 +15,9 @@ from rich.text import Text
 from spt_fast.ablations.definitions import ABLATIONS, WITH_VALUES, Choices
 from spt_fast.ablations.paper_values import DATASETS, PRETRAININGS, paper_settings
 from spt_fast.ablations.running import run_ablation
-from spt_fast.ablations.workplace import ModelSource, Workplace, usual_splits
+from spt_fast.ablations.splits import usual_choose_split, usual_test_split
+from spt_fast.ablations.variants import exact
+from spt_fast.ablations.workplace import ModelSource, Workplace
 from spt_fast.cli.chosen_recipe import chosen, warn_of_counts, was_given, weights_for
 from spt_fast.cli.inputs import check_folder, parse_pairs
 from spt_fast.cli.options import (
@@ -119,7 +122,9 @@ def ablate(
     split: Annotated[Split, typer.Option(help="Images to train on.")] = "train",
     val_split: Annotated[
         Split | None,
-        typer.Option(help="Images to choose --lrs on: val, or held out of --split if val is judged on."),
+        typer.Option(
+            help="Images to choose --lrs on: val, or held out of --split if val is trained or judged on."
+        ),
     ] = None,
     test_split: Annotated[
         Split | None, typer.Option(help="Images to judge on: test, or val if there is no test.")
@@ -160,7 +165,7 @@ def ablate(
         )
     rates = (
         _numbers("--lrs", learning_rates)
-        if learning_rates
+        if learning_rates is not None
         else []
         if learning_rate is None
         else [learning_rate]
@@ -171,9 +176,8 @@ def ablate(
                 f"{option} was given {len(given)} times, which only {ablation_name} can use"
             )
     tried = _values(name, values, num_prompts)
-    usual_test, usual_choice = usual_splits(data[0], layout, choose=len(rates) > 1)
-    test = test_split or usual_test
-    choose = (val_split or ("val" if test != "val" else usual_choice)) if len(rates) > 1 else None
+    test = test_split or usual_test_split(data[0], layout)
+    choose = (val_split or usual_choose_split(split, test)) if len(rates) > 1 else None
     named = chosen(context)
     config = replace(
         _config_of(named),
@@ -187,20 +191,20 @@ def ablate(
         compile=compile,
         num_workers=workers,
     )
+    checkpoints = _checkpoints(model, checkpoint)
     choices = Choices(
         num_prompts=num_prompts[0] if num_prompts and name != "prompt-length" else None,
         shallow_prompts=shallow_prompts,
         values=tuple(tried),
-        data=_labels(data),
-        models=_labels(model),
+        data=_labels("--data", [Path(each).name or each for each in data], data),
+        models=_model_labels(model, checkpoints),
     )
     ablation = ABLATIONS[name](choices)
     settings = _paper_settings(paper_column, named)
     if named is not None:
         warn_of_counts(named.dataset, data[0], layout)
-    sources = _sources(context, model, checkpoint, pretrained, model_kwarg)
     workplace = Workplace(
-        models=sources,
+        models=_sources(context, model, checkpoints, pretrained, model_kwarg),
         data=tuple(data),
         output=output,
         config=config,
@@ -251,9 +255,13 @@ def _numbers(option: str, text: str) -> list[float]:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f"{option} must be numbers separated by commas, got {text!r}") from None
+    return _different(option, numbers)
+
+
+def _different(option: str, numbers: Sequence[float]) -> list[float]:
     if len(set(numbers)) < len(numbers):
-        raise InputError(f"{option} must be different numbers, got {text!r}")
-    return numbers
+        raise InputError(f"{option} must be different numbers, got {', '.join(map(exact, numbers))}")
+    return list(numbers)
 
 
 def _values(name: str, values: str | None, num_prompts: Sequence[int] | None) -> list[float]:
@@ -263,7 +271,7 @@ def _values(name: str, values: str | None, num_prompts: Sequence[int] | None) ->
             raise typer.BadParameter(
                 "prompt-length tries the numbers of --num-prompts, which may be repeated"
             )
-        return [float(number) for number in num_prompts or ()]
+        return _different("--num-prompts", num_prompts or ())
     if num_prompts and len(num_prompts) > 1:
         raise typer.BadParameter("--num-prompts was given several times, which only prompt-length can use")
     if values is None:
@@ -273,25 +281,45 @@ def _values(name: str, values: str | None, num_prompts: Sequence[int] | None) ->
     return _numbers("--values", values)
 
 
-def _labels(paths: Sequence[str]) -> tuple[str, ...]:
-    """What tables call folders and models: their own names, or all of what was typed where those are the same."""
-    names = [Path(path).name or path for path in paths]
-    return tuple(names if len(set(names)) == len(names) else paths)
+def _labels(option: str, *ways: Sequence[str]) -> tuple[str, ...]:
+    """What tables call folders or models: the first of the ways to name them in which no two have one name."""
+    for names in ways:
+        name, count = Counter(names).most_common(1)[0]
+        if count == 1:
+            return tuple(names)
+    raise InputError(f"{option} {name} was given {count} times, expected different ones")
+
+
+def _model_labels(models: Sequence[str], checkpoints: Sequence[str | None]) -> tuple[str, ...]:
+    """Models by their names or, where those are the same, with the files of their weights."""
+    pairs = list(zip(models, checkpoints, strict=True))
+    return _labels(
+        "--model",
+        [Path(model).name for model in models],
+        [f"{model}, {Path(checkpoint).name}" if checkpoint else model for model, checkpoint in pairs],
+        [f"{model}, {checkpoint}" if checkpoint else model for model, checkpoint in pairs],
+    )
+
+
+def _checkpoints(models: Sequence[str], given: Sequence[str] | None) -> Sequence[str | None]:
+    """The weights of each model."""
+    if not given:
+        return [None] * len(models)
+    if len(given) != len(models):
+        raise typer.BadParameter(f"--checkpoint was given {len(given)} times for {len(models)} --model")
+    return given
 
 
 def _sources(
     context: typer.Context,
     models: Sequence[str],
-    checkpoints: Sequence[str] | None,
+    checkpoints: Sequence[str | None],
     pretrained: bool,
     model_kwarg: list[str] | None,
 ) -> tuple[ModelSource, ...]:
-    given: Sequence[str | None] = checkpoints or [None] * len(models)
-    if len(given) != len(models):
-        raise typer.BadParameter(f"--checkpoint was given {len(given)} times for {len(models)} --model")
     kwargs = json.dumps(parse_pairs("--model-kwarg", model_kwarg or []))
     sources = []
-    for model, checkpoint in zip(models, given, strict=True):
+    for model, checkpoint in zip(models, checkpoints, strict=True):
         checkpoint, own = weights_for(context, checkpoint, pretrained)
         if checkpoint is None and not own:
             warn(f"{model} has random weights; --checkpoint or --pretrained gives it trained ones")
