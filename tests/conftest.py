@@ -32,6 +32,12 @@ TINY: dict[str, Any] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    """What a test draws from torch's own generator does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Processes that are compared bit for bit add up in the same order."""

@@ -53,6 +53,7 @@ def gated(vit: str = "plain", *, num_prompts: int = 5, pool: Any = None, **optio
 @pytest.mark.parametrize(("vit", "pool"), CASES)
 def test_logits_and_gradients_are_those_of_the_equations(vit: str, pool: Any) -> None:
     model = gated(vit, pool=pool, checkpoint_blocks=pool == "token")
+    randomise(model)
     with torch.no_grad():
         model.temperatures.copy_(torch.linspace(0.6, 1.7, len(model.temperatures)))
         model.gate_logits += torch.linspace(-1, 1, len(model.gate_logits))
