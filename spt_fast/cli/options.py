@@ -20,7 +20,9 @@ Split = Literal["train", "val", "trainval", "test"]
 PoolChoice = Literal["timm", "token", "avg", "avg_with_prompts"]
 
 # The backbone.
-ModelOption = Annotated[str, typer.Option("--model", help="timm model name, e.g. vit_base_patch16_224.")]
+ModelOption = Annotated[
+    str, typer.Option("--model", help="timm model name, e.g. vit_base_patch16_224; a --recipe names one.")
+]
 CheckpointOption = Annotated[
     str | None,
     typer.Option(help="Weights: .safetensors, .pth (MAE, MoCo-v3, DeiT, timm layouts) or bundled:NAME."),

@@ -78,7 +78,10 @@ def train(
     context: typer.Context,
     model: ModelOption,
     data: DataOption,
-    output: Annotated[Path, typer.Option(help="Folder for adapters, metrics and the state of training.")],
+    output: Annotated[
+        Path,
+        typer.Option(help="Folder for adapters, metrics and the state of training; a --recipe names one."),
+    ],
     checkpoint: CheckpointOption = None,
     pretrained: PretrainedOption = False,
     model_kwarg: ModelKwargOption = None,
