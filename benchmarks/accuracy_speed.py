@@ -72,7 +72,7 @@ def main(
 ) -> None:
     """Accuracy against seconds for every start of deep prompts, on real images."""
     config = spt_fast.TrainingConfig(epochs=epochs, warmup_epochs=max(1, epochs // 10))
-    settings = {"batch_size": config.batch_size, "learning_rate": config.learning_rate}
+    settings = {"batch_size": config.batch_size, "learning_rate": config.learning_rate, "seeds": seeds}
     with measuring("accuracy_speed", context, device, results, minutes, **settings) as (record, _):
         wanted = [name for name in STARTS if not start or name in start]
         unknown = set(start or []) - set(wanted)

@@ -48,7 +48,7 @@ BENCHMARKS = {
     "scaling": ("Scaling", "Mini-batch k-means over more and more tokens."),
     "accuracy_speed": (
         "Accuracy against time",
-        "Accuracy after so many seconds of making prototypes and training, with one seed and one base rate.",
+        "Accuracy after so many seconds of making prototypes and training, all with one base rate.",
     ),
 }
 
