@@ -5,6 +5,8 @@ Another Python takes seconds to import torch; and autograd does not run in forks
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import multiprocessing
 import os
 import socket
@@ -22,13 +24,12 @@ import spt_fast  # noqa: F401  # for those who are forked
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["forked_processes"])
+CALLS = itertools.count()
 
 
 def start(target: Callable[..., None], *arguments: Any, world_size: int = 1) -> list[ForkServerProcess]:
     """Start ``target(*arguments)`` in ``world_size`` processes that know of each other as those of torchrun do."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with mock.patch.dict(os.environ, child_environment()):  # Python 3.11 does not tell it where modules are
         forkserver.ensure_running()
     processes = []
@@ -36,6 +37,21 @@ def start(target: Callable[..., None], *arguments: Any, world_size: int = 1) -> 
         processes.append(FORKS.Process(target=_run, args=(rank, world_size, port, target, arguments)))
         processes[-1].start()
     return processes
+
+
+def free_port() -> int:
+    """A port for processes to meet at.
+
+    Of those that the system itself would name, another test's connection may take it before it is listened to. These
+    are below them, and each process of tests asks for others first.
+    """
+    first, calls = 10_000 + 100 * (os.getpid() % 200), next(CALLS)
+    for each in range(100):
+        port = first + (calls + each) % 100
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise OSError(f"no port from {first} to {first + 99} is free")
 
 
 def finish(processes: list[ForkServerProcess], timeout: float = 300) -> list[int | None]:
